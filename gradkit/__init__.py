@@ -1,0 +1,44 @@
+"""Optimizers and gradient transforms for PyTorch, each written once as plain Python and run at the memory's speed.
+
+| class | what it is | paper |
+|---|---|---|
+| `AdamW` | Adam with decoupled weight decay | https://arxiv.org/abs/1711.05101 |
+| `Lion` | the sign of an interpolated momentum | https://arxiv.org/abs/2302.06675 |
+| `DiffGrad` | Adam that slows down where the gradient stops changing | https://arxiv.org/abs/1909.11015 |
+| `AdEMAMix` | AdamW with a second, slow momentum | https://arxiv.org/abs/2409.03137 |
+| `Grokfast` | Adam behind a filter that amplifies slow gradients | https://arxiv.org/abs/2405.20233 |
+| `Optimizer` | your own chain of rules, measures and transforms | |
+"""
+
+from . import ops, transforms
+from .chain import Chain, chain
+from .language import RuleError, fn
+from .optim.adamw import AdamW
+from .optim.ademamix import AdEMAMix
+from .optim.diffgrad import DiffGrad
+from .optim.grokfast import Grokfast
+from .optim.lion import Lion
+from .optimizer import Optimizer
+from .transform import Slot, Stage, derive, measure, rule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdEMAMix",
+    "AdamW",
+    "Chain",
+    "DiffGrad",
+    "Grokfast",
+    "Lion",
+    "Optimizer",
+    "RuleError",
+    "Slot",
+    "Stage",
+    "chain",
+    "derive",
+    "fn",
+    "measure",
+    "ops",
+    "rule",
+    "transforms",
+]

@@ -1,0 +1,29 @@
+"""How a pass runs. A backend belongs to a batch and has two functions: `reduce(pass) -> totals` and `apply(pass)`."""
+
+from typing import TYPE_CHECKING
+
+from .chunked import Chunked
+from .eager import Eager
+from .native import Native, why_not
+
+if TYPE_CHECKING:
+    from ..plan import Batch
+
+
+def choose(asked: str, batch: "Batch") -> tuple[Eager | Native, str]:
+    """The backend of a batch, and why; one that the user named and that can't run raises."""
+    if asked == "triton":
+        where = "needs a GPU and these parameters are" if batch.device.type == "cpu" else "isn't built yet for parameters"
+        raise RuntimeError(f"backend='triton' {where} on {batch.device}; use backend='auto'")
+    if batch.detour:
+        return Eager(batch), batch.detour
+    if asked == "eager":
+        return Eager(batch), "asked for"
+    reason = "asked for"
+    if asked != "chunked":
+        reason = why_not(batch)
+        if not reason:
+            return Native(batch), asked if asked == "auto" else "asked for"
+        if asked == "native":
+            raise RuntimeError(f"backend='native' can't run: {reason}; use backend='auto'")
+    return Chunked(batch), reason

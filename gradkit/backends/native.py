@@ -1,0 +1,126 @@
+"""The chain as one C loop, run over tables of pointers on torch's own threads."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import sharding
+from . import ccache
+from .csource import BLOCK, JOB, source
+
+if TYPE_CHECKING:
+    from ..plan import Batch, Pass
+
+PROCESS = os.getpid()  # a forked child has lost OpenMP's threads: there one thread runs
+PLACE = {name: i for i, name in enumerate(JOB)}
+
+
+def why_not(batch: "Batch") -> str:
+    """Why this batch can't run natively; empty if it can."""
+    if batch.device.type != "cpu":
+        return f"native runs on the CPU, these parameters are on {batch.device}"
+    return batch.program.no_source or ccache.why_not() or ""
+
+
+@lru_cache(maxsize=1)
+def pool() -> ThreadPoolExecutor:
+    """For compilers without OpenMP only: a pool beside torch's own costs milliseconds a step."""
+    return ThreadPoolExecutor(64, thread_name_prefix="gradkit")
+
+
+class Native:
+    name = "native"
+
+    def __init__(self, batch: "Batch"):
+        self.batch = batch
+        self.passes = {ps.end: Compiled(batch, ps) for ps in batch.program.passes}
+
+    def reduce(self, ps: "Pass") -> Tensor:
+        """The totals of the pass's measure, float64 [tensors, reductions]."""
+        compiled = self.passes[ps.end]
+        compiled.run()
+        measure = ps.measured.measure
+        totals = np.zeros((len(self.batch.params), len(measure.reduce)))
+        if len(compiled.starts):
+            for j, how in enumerate(measure.reduce.values()):
+                fold = np.maximum if how == "max" else np.add
+                totals[compiled.filled, j] = fold.reduceat(compiled.out[:, j], compiled.starts)
+        return torch.from_numpy(totals)
+
+    def apply(self, ps: "Pass") -> None:
+        """Run the whole chain and store the parameters and slots."""
+        self.passes[ps.end].run()
+
+
+class Compiled:
+    """One pass of one batch: the compiled function and the tables that it is given."""
+
+    def __init__(self, batch: "Batch", ps: "Pass"):
+        self.batch, self.ps = batch, ps
+        self.library = ccache.build(source(batch, ps))
+        self.gradients: list[int] = []
+
+    def prepare(self) -> None:
+        """The tables that last as long as the plan."""
+        b, ps = self.batch, self.ps
+        self.size = np.array([p.numel() for p in b.params], np.int64)
+        self.threads = max(1, int(self.size.sum()) // BLOCK)  # fewer elements are done before a thread has woken
+        counts = -(-self.size // BLOCK)
+        tensor = np.repeat(np.arange(len(counts)), counts)
+        number = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.blocks = np.ascontiguousarray(np.stack([tensor, number], 1).astype(np.int32))
+        self.filled = np.flatnonzero(counts)
+        self.starts = (np.cumsum(counts) - counts)[self.filled]
+        columns = [b.slots[n] for n in ps.slots]
+        columns += [b.slots["compensation"]] if b.rounding == "kahan" and ps.reads_p else []
+        rows = [[t.data_ptr() for t in ts] for ts in (b.params, b.params, *columns)]
+        self.pointers = np.array(rows, np.int64)
+        self.rings = [(2 + j, n) for j, n in enumerate(ps.slots) if n in b.program.rings]
+        self.bases = self.pointers.copy()
+        self.random = np.zeros((len(b.params), 3), np.int64)
+        if b.rounding == "stochastic":
+            index = [sharding.logical_index(p) for p in b.owners]
+            self.random[:] = list(zip(index, b.index, [b.groups[g]["seed"] for g in b.group], strict=True))
+        self.out = np.zeros((len(self.blocks), len(ps.measure.measure.reduce) if ps.measure else 0))
+        fixed = {"pointers": self.pointers, "blocks": self.blocks, "size": self.size, "random": self.random}
+        fixed["out"] = self.out
+        self.job = np.zeros(len(JOB), np.int64)
+        for name, array in fixed.items():
+            self.job[PLACE[name]] = array.ctypes.data
+        self.job[PLACE["tensors"]], self.job[PLACE["last"]] = len(b.params), len(self.blocks)
+        self.job[PLACE["M"]], self.job[PLACE["measured"]] = b.measured.data_ptr(), b.measured.shape[1]
+        self.address = self.job.ctypes.data
+
+    def run(self) -> None:
+        b, job = self.batch, getattr(self, "job", None)
+        if job is None:
+            self.prepare()
+            job = self.job
+        gradients = [g.data_ptr() for g in b.grads]
+        if gradients != self.gradients:
+            self.pointers[1] = self.gradients = gradients
+        for r, name in self.rings:
+            ring = b.slots[name]
+            bytes_ = np.array([t.stride(0) * t.element_size() for t in ring])
+            self.pointers[r] = self.bases[r] + b.positions % [len(t) for t in ring] * bytes_
+        job[PLACE["row"]], job[PLACE["H"]] = b.row.ctypes.data, b.table.ctypes.data
+        job[PLACE["columns"]], job[PLACE["clock"]] = b.table.shape[1], int(b.clock)
+        n, threads = len(self.blocks), min(torch.get_num_threads(), self.threads)
+        if os.getpid() != PROCESS:
+            threads = 1
+        if self.library.openmp or threads == 1:
+            job[PLACE["threads"]] = threads
+            self.library.run(self.address)
+            return
+        cuts = [n * k // threads for k in range(threads + 1)]
+        jobs = []
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            mine = job.copy()
+            mine[PLACE["first"]], mine[PLACE["last"]], mine[PLACE["threads"]] = first, last, 1
+            jobs.append(mine)
+        list(pool().map(lambda j: self.library.run(j.ctypes.data), jobs))

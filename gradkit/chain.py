@@ -1,0 +1,144 @@
+"""A chain: links in order, and the scope of the scalars that they share."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from .transform import Derive, Measure, Rule, Stage
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Made by `chain()`. Arguments stand in the optimizer's groups under `<name>.<argument>`."""
+
+    items: tuple["Rule | Measure | Chain", ...]
+    name: str = ""
+    derive: Derive | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""  # of its slots' names, when the user named it
+
+    def named(self, name: str | None) -> "Chain":
+        """This chain under a name that the user gave, which its slots carry too; itself for None."""
+        if name is None:
+            return self
+        return replace(self, name=_identifier(name), prefix=f"{name}_")
+
+    def walk(self) -> Iterator["Chain"]:
+        """This chain and those inside it."""
+        yield self
+        for x in self.items:
+            if isinstance(x, Chain):
+                yield from x.walk()
+
+    def place(self, stage: Stage = Stage.GRAD) -> list["Placed"]:
+        """Its links in order, each with its scope and its stage: a link without one takes that of the link before."""
+        placed: list[Placed] = []
+        for x in self.items:
+            if isinstance(x, Chain):
+                inner = replace(x, prefix=self.prefix + x.prefix) if self.prefix else x
+                placed += inner.place(stage)
+            else:
+                placed.append(Placed(x, self, stage if x.stage is None else x.stage))
+            stage = placed[-1].stage if placed else stage
+        for a, b in zip(placed, placed[1:], strict=False):
+            if b.stage < a.stage:
+                raise ValueError(
+                    f"chain: {b.link.name} ({b.stage.name}) stands behind {a.link.name} ({a.stage.name}); the order is "
+                    f"{' -> '.join(s.name for s in Stage)}: move it before, or give it another stage="
+                )
+        return placed
+
+    def __deepcopy__(self, memo: Any) -> "Chain":
+        return self
+
+
+class Placed(NamedTuple):
+    """A link at its place in a chain."""
+
+    link: Rule | Measure
+    chain: Chain
+    stage: Stage
+
+    def slot(self, name: str) -> str:
+        """The name in `state[p]` of a slot that the link calls `name`."""
+        return self.chain.prefix + name
+
+    @property
+    def rule(self) -> Rule:
+        assert isinstance(self.link, Rule)
+        return self.link
+
+    @property
+    def measure(self) -> Measure:
+        assert isinstance(self.link, Measure)
+        return self.link
+
+    @property
+    def label(self) -> str:
+        return self.chain.prefix + self.link.name
+
+
+def chain(*links: "Rule | Measure | Chain", derive: Derive | None = None, name: str = "", **arguments: Any) -> Chain:
+    """Links in order; their scalars come from counters, `derive`, measures before them, `arguments`, and the group."""
+    for x in links:
+        if not isinstance(x, Rule | Measure | Chain):
+            called = getattr(x, "__name__", repr(x))
+            raise TypeError(
+                f"chain: {called} is no link; decorate a function with @gradkit.rule or @gradkit.measure, "
+                f"call a transform: {called}(...)"
+            )
+    if derive is not None and not isinstance(derive, Derive):
+        raise TypeError("chain: derive= takes a function decorated with @gradkit.derive(...)")
+    if arguments and not name:
+        raise ValueError(f"chain: {', '.join(arguments)} need name=: arguments stand in groups as <name>.<argument>")
+    made = Chain(links, _identifier(name) if name else "", derive, arguments)
+    made.place()  # order
+    return made
+
+
+def _identifier(name: str) -> str:
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ValueError(f"chain: name={name!r}; use letters, digits and _, e.g. 'second_clip'")
+    return name
+
+
+def assemble(users: Sequence[Chain], built_in: Chain, l2: Chain | None, last: Chain) -> list[Placed]:
+    """The chain that a group runs: user GRAD, built-in GRAD, l2, PRECONDITION, built-in UPDATE, user UPDATE, write."""
+    names = [c.name for whole in (*users, built_in) for c in whole.walk() if c.name]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two links named {name!r}: give one of them name=, e.g. {name}(..., name='second')")
+    user = [x for whole in users for x in whole.place()]
+    own = built_in.place()
+
+    def of(placed: list[Placed], *stages: Stage) -> list[Placed]:
+        return [x for x in placed if x.stage in stages]
+
+    pieces = of(user, Stage.GRAD) + of(own, Stage.GRAD) + (l2.place() if l2 else [])
+    pieces += of(user, Stage.PRECONDITION) + of(own, Stage.PRECONDITION)
+    pieces += of(own, Stage.UPDATE) + of(user, Stage.UPDATE) + of(own, Stage.WRITE) + of(user, Stage.WRITE)
+    return pieces + last.place()
+
+
+def check_slots(pieces: Sequence[Placed]) -> dict[str, tuple[Placed, Any]]:
+    """Each slot by its name in the state -> (owner, Slot): one owner each, and no borrower without one."""
+    owners: dict[str, tuple[Placed, Any]] = {}
+    for piece in pieces:
+        if isinstance(piece.link, Measure):
+            continue
+        for slot in piece.link.slots:
+            name = piece.slot(slot.name)
+            if name in owners:
+                raise ValueError(
+                    f"two owners of the slot {name!r}: {owners[name][0].label} and {piece.label}; "
+                    f"borrow it with uses=, or give one chain name="
+                )
+            owners[name] = piece, slot
+    for piece in pieces:
+        for name in piece.link.uses if isinstance(piece.link, Rule) else ():
+            if piece.slot(name) not in owners:
+                raise ValueError(
+                    f"{piece.label} borrows the slot {piece.slot(name)!r}, which no link of the chain owns; "
+                    f"the chain has {', '.join(owners) or 'no slots'}"
+                )
+    return owners

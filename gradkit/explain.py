@@ -1,0 +1,71 @@
+"""The plan as text, and the update of one parameter link by link."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .backends import choose
+from .backends.eager import Eager
+
+if TYPE_CHECKING:
+    from .optimizer import Optimizer
+    from .plan import Batch, Pass
+
+
+def describe(optimizer: "Optimizer") -> str:
+    """One block for each batch of tensors that would run together."""
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    batches = optimizer.batches(params, [p.requires_grad or p.grad is not None for p in params])
+    lines = [f"{type(optimizer).__name__}: {len(params)} parameters, {len(batches)} batches"]
+    for batch in batches:
+        backend, why = choose(optimizer.backend, batch)
+        passes = batch.program.passes
+        numel = sum(p.numel() for p in batch.owners)
+        dtypes = " ".join(str(d).removeprefix("torch.") for d in (batch.dtype, batch.gdtype))
+        lines.append(f"{len(batch.owners)} tensors, {numel} elements, parameter and gradient {dtypes}, {batch.device}")
+        lines.append("  chain: " + " -> ".join(x.label for x in batch.program.pieces))
+        lines += [f"  pass {k}: {one_pass(batch, ps)}" for k, ps in enumerate(passes, 1)]
+        count = len(passes) if backend.name == "native" else f"{len(batch.owners)} x {len(passes)} eager"
+        lines.append(f"  launches: {count}; {sum(map(batch.bytes, passes))} bytes an element")
+        slots = ", ".join(f"{n} {str(d).removeprefix('torch.')}" for n, d in batch.slot_dtypes.items())
+        slots += ", compensation" if batch.rounding == "kahan" else ""
+        lines.append(f"  state: {slots or 'none'}; {batch.state_bytes()} bytes; write-back {batch.rounding}")
+        lines.append(f"  backend: {backend.name} ({why})")
+    return "\n".join(lines)
+
+
+def one_pass(batch: "Batch", ps: "Pass") -> str:
+    rules = " -> ".join(x.label for _, x in ps.rules) or "g"
+    what = "apply"
+    if ps.measure:
+        link = ps.measure.measure
+        what = f"{ps.measure.label}: {', '.join(link.reduce.values())} over {link.scope}"
+    return f"{rules} | {what} | {batch.bytes(ps)} bytes an element"
+
+
+@torch.no_grad()
+def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
+    """Run the coming step up to the write, storing nothing."""
+    params = [q for g in optimizer.param_groups for q in g["params"]]
+    grads = [q.grad for q in params]
+    if not any(q is p for q in params) or p.grad is None:
+        raise ValueError("trace: give a parameter of this optimizer that has a gradient: call it after backward()")
+    plan = optimizer._make_plan(params, grads, [])
+    optimizer._plan = None  # its counters were taken apart
+    clock = float(optimizer.param_groups[0]["clock"]) + 1
+    for batch in plan.batches:
+        batch.counters = {n: v.copy() for n, v in batch.counters.items()}
+        batch.backend = Eager(batch)
+        batch.bind(grads)  # type: ignore[arg-type]
+        batch.begin(clock)
+    for ready in plan.schedule:
+        plan.measure(ready, optimizer.param_groups[0], clock)
+    steps: list[tuple[str, Tensor]] = []
+    for batch in plan.batches:
+        for t, q in enumerate(batch.owners):
+            if q is p:
+                last, eager = batch.program.passes[-1], Eager(batch)
+                for part in eager.parts(last, t):
+                    eager.walk(last, part, lambda name, u: steps.append((name, u.clone())))
+    return steps

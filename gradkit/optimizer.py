@@ -1,0 +1,261 @@
+"""Optimizer: groups, state, loading, closure; runs a plan."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import loading, sharding
+from .backends import choose
+from .chain import Chain, assemble
+from .explain import describe, trace
+from .options import BACKENDS, IN_GROUPS, Number, Range, check_values, split_options
+from .plan import DTYPES, Batch, Plan, Program, compute_dtype
+from .scalars import plain
+from .transform import Measure
+from .transforms.decay import last_links
+
+BOOKKEEPING = ("params", "param_names", "clock", "lr_ref", "algorithm")
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Runs a chain: `gradkit.Optimizer(params, chain(...), lr=...)`, or a subclass that gives `links(group)`.
+
+        u = chain(gradient)        p <- decay(p) - lr u
+
+    params: what torch.optim takes: tensors, group dicts, or (name, tensor) pairs.
+    lr: factor of the chain's result. weight_decay, decay: see `gradkit.transforms`.
+    options: maximize, decay, transforms, backend, state_dtype, rounding, seed.
+    """
+
+    ranges: ClassVar[Mapping[str, Range]] = {}  # of a subclass's own hyperparameters
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        chain: Chain | None = None,
+        *,
+        lr: Number = 1e-3,
+        weight_decay: Number = 0.0,
+        **options: Any,
+    ):
+        given, own = split_options(self, dict(options))
+        self.chain, self.transforms = chain, tuple(given.pop("transforms", ()))
+        self.backend = given.pop("backend", "auto")
+        who = type(self).__name__
+        if self.backend not in BACKENDS:
+            check_values(who, {"backend": self.backend}, {}, {})
+        if chain is None and type(self).links is Optimizer.links:
+            raise TypeError(f"{who}: give a chain: {who}(params, chain(...)), or use one of gradkit's classes")
+        for c in (*self.transforms, *([chain] if chain is not None else [])):
+            if not isinstance(c, Chain):
+                raise TypeError(f"{who}: {c!r} is no chain or transform; call it, e.g. clip_by_global_norm(1.0)")
+        self._plan: Plan | None = None
+        self._programs: dict[tuple, Program] = {}
+        defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
+        check_values(who, defaults, defaults, self.ranges)
+        super().__init__(params, defaults)
+
+    def links(self, group: Mapping[str, Any]) -> Chain:
+        """The chain for one group: a pure function of its values."""
+        assert self.chain is not None
+        return self.chain
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; its values are checked first."""
+        values = {**self.defaults, **{k: v for k, v in param_group.items() if k != "params"}}
+        who = type(self).__name__
+        check_values(who, values, self.defaults, self.ranges)
+        built_in = self.links(values)
+        for c in (x for whole in (*self.transforms, built_in) for x in whole.walk()):
+            for name, value in c.arguments.items():
+                values.setdefault(f"{c.name}.{name}", value)
+        values.setdefault("lr_ref", float(values["lr"]))
+        values["algorithm"] = who
+        if not getattr(self, "param_groups", None):
+            values["clock"] = torch.zeros((), dtype=torch.float64)
+        self._check_program(values)
+        param_group.update(values)
+        params = param_group.get("params")
+        if isinstance(params, Tensor):
+            params = [params]
+        param_group["params"] = params = list(params) if params is not None else []
+        for p in params:
+            tensor = p[1] if isinstance(p, tuple) else p
+            if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES:
+                remedy = "use torch.view_as_real" if tensor.is_complex() else f"use one of {', '.join(map(str, DTYPES))}"
+                raise TypeError(f"{who}: a parameter of dtype {tensor.dtype} is not supported: {remedy}")
+        super().add_param_group(param_group)
+        self._plan = None
+
+    def _check_program(self, group: Mapping[str, Any]) -> None:
+        """Raise if the group's chain lacks an order, a slot's owner or a scalar."""
+        program = self.program(group)
+        program.scalars.row(group, dict.fromkeys(program.scalars.counters, 1.0), 1.0)
+        first = self.param_groups[0] if getattr(self, "param_groups", None) else group
+        for piece in program.pieces:
+            if not (isinstance(piece.link, Measure) and piece.link.scope == "all"):
+                continue
+            program.scalars.shared(piece, first, 1.0)
+            for key in (f"{piece.chain.name}.{n}" for n in piece.chain.arguments):
+                if plain(group.get(key)) != plain(first.get(key)):
+                    raise ValueError(
+                        f"{type(self).__name__}: {key}={group.get(key)!r} in one group, {first.get(key)!r} in the "
+                        f"first: {piece.label} is over all tensors and has one value; set it alike in every group"
+                    )
+
+    def program(self, group: Mapping[str, Any]) -> Program:
+        """The checked chain that a group runs."""
+        l2, last = last_links(group["decay"], group["weight_decay"])
+        made = Program(assemble(self.transforms, self.links(group), l2, last), bool(group["maximize"]))
+        return self._programs.setdefault(made.key(), made)
+
+    @staticmethod
+    def slot_dtype(program: Program, name: str, p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+        return program.slot_dtype(name, compute_dtype(p), group)
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, for the parameters that have a gradient; without any it does nothing."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [p for g in self.param_groups for p in g["params"]]
+        grads = [p.grad for p in params]
+        if all(g is None for g in grads):
+            return loss
+        structure = [[shape_of(v) for k, v in g.items() if k not in BOOKKEEPING] for g in self.param_groups]
+        plan = self._plan
+        if plan is None or not plan.fits(self.state, params, grads, structure):
+            plan = self._plan = self._make_plan(params, grads, structure)
+        for batch in plan.batches:
+            batch.bind(grads)  # type: ignore[arg-type]
+        first = self.param_groups[0]
+        first["clock"] += 1
+        clock = float(first["clock"])
+        for batch in plan.batches:
+            batch.begin(clock)
+        for ready in plan.schedule:
+            plan.measure(ready, first, clock)
+        for batch in plan.batches:
+            batch.backend.apply(batch.program.passes[-1])
+            batch.grads = []
+        return loss
+
+    def batches(self, params: list[Tensor], active: list[bool]) -> list[Batch]:
+        """The active parameters by program, device and dtypes; makes and changes nothing."""
+        members: dict[tuple, tuple[Program, list[Tensor], list[int], list[int]]] = {}
+        i = -1
+        for n, group in enumerate(self.param_groups):
+            self._check_program(group)
+            program = self.program(group)
+            for p in group["params"]:
+                i += 1
+                if not active[i]:
+                    continue
+                one = Batch(program, [p], [i], [n], self.param_groups)
+                key = (id(program), one.device, one.dtype, one.gdtype, one.rounding, one.detour)
+                key += tuple(one.slot_dtypes.values())
+                _, owners, index, group_of = members.setdefault(key, (program, [], [], []))
+                owners.append(p)
+                index.append(i)
+                group_of.append(n)
+        return [Batch(*m, self.param_groups) for m in members.values()]
+
+    def _make_plan(self, params: list[Tensor], grads: list[Tensor | None], structure: list) -> Plan:
+        for i, g in enumerate(grads):
+            if g is not None and g.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__}: the gradient of parameter {i} is sparse ({g.layout}), which is not "
+                    f"supported; use sparse=False in the embedding, or torch.optim.SparseAdam for it"
+                )
+        batches = self.batches(params, [g is not None for g in grads])
+        plan = Plan(batches, params, grads, structure)
+        for batch in batches:
+            batch.backend, batch.why = choose(self.backend, batch)
+        self._make_state({p for p, g in zip(params, grads, strict=True) if p.requires_grad or g is not None})
+        for batch in batches:
+            batch.attach(self.state)
+        return plan
+
+    def _make_state(self, wanted: set[Tensor]) -> None:
+        """Slots of every parameter that is or may be trained: a distributed checkpoint lacks those made later."""
+        for group in self.param_groups:
+            program = self.program(group)
+            for p in (p for p in group["params"] if p in wanted):
+                state = self.state[p]
+                for name in program.slots:
+                    dtype = self.slot_dtype(program, name, p, group)
+                    state[name] = laid_out(state.get(name), p, dtype, program.ring_length(name, group), name)
+                if group["rounding"] == "kahan" and p.dtype in (torch.bfloat16, torch.float16):
+                    state["compensation"] = laid_out(state.get("compensation"), p, p.dtype, None, "compensation")
+                for name in program.scalars.counters:
+                    state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float32, device="cpu")
+
+    @torch.no_grad()
+    def init_state(self, step: int = 0) -> None:
+        """Make all slots now, laid out as at that step."""
+        params = {p for g in self.param_groups for p in g["params"] if p.requires_grad}
+        self._make_state(params)
+        self._plan = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load and merge: the same class goes on bitwise; from another optimizer, slots of our names are taken."""
+        before = [dict(g) for g in self.param_groups]
+        seen: list[Mapping[str, Any]] = []  # after the user's own pre-hooks
+
+        def pre(_: Any, final: dict[str, Any]) -> None:
+            loading.check(self, final)
+            seen.append(final)
+
+        first = self.register_load_state_dict_pre_hook(pre)
+        then = self.register_load_state_dict_post_hook(lambda _: loading.merge(self, before, seen[0]), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            first.remove()
+            then.remove()
+        self._plan = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        ours = {"chain": self.chain, "transforms": self.transforms, "backend": self.backend}
+        return {**super().__getstate__(), **ours}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan, self._programs = None, {}
+
+    def explain(self) -> str:
+        """The plan as text: chain, passes, launches, bytes an element, state bytes, backend and why."""
+        return describe(self)
+
+    def trace(self, p: Tensor) -> list[tuple[str, Tensor]]:
+        """The update of one parameter after each link of the coming step, on cloned state; the last is the new value."""
+        return trace(self, p)
+
+
+def shape_of(value: Any) -> Any:
+    """What a chain may be built from: anything, but of a float only whether it is zero."""
+    if isinstance(value, float):
+        return value == 0.0
+    if isinstance(value, Tensor):
+        return "tensor", float(value) == 0.0
+    return tuple(map(shape_of, value)) if isinstance(value, tuple | list) else value
+
+
+def laid_out(old: Tensor | None, p: Tensor, dtype: torch.dtype, length: int | None, name: str) -> Tensor:
+    """A slot of p's layout: the old one where it fits, else a new one with its values."""
+    new = sharding.slot(p, dtype, length)
+    if old is None:
+        return new
+    if old.shape != new.shape:
+        raise ValueError(f"the slot {name!r} has shape {tuple(old.shape)}, it needs {tuple(new.shape)}; delete it")
+    a, b = sharding.local(old), sharding.local(new)
+    same = (a.dtype, a.device, a.stride()) == (b.dtype, b.device, b.stride())
+    if same and sharding.is_sharded(old) == sharding.is_sharded(new):
+        return old
+    b.copy_(a)
+    return new

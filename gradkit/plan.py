@@ -1,0 +1,285 @@
+"""From groups and gradients to batches and passes: what runs, over which tensors, in which order. No math."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import sharding
+from .chain import Placed, check_slots
+from .scalars import Scalars, look, number
+from .transform import Measure, Rule
+
+if TYPE_CHECKING:
+    from .backends import Eager, Native
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Pass:
+    """The rules up to a measure, recomputed, which store nothing; or all rules, and the stores."""
+
+    def __init__(self, pieces: Sequence[Placed], end: int):
+        self.measure = pieces[end] if end < len(pieces) else None
+        self.end = end
+        self.rules = [(i, x) for i, x in enumerate(pieces[:end]) if isinstance(x.link, Rule)]
+        self.slots = list(dict.fromkeys(x.slot(n) for _, x in self.rules for n in x.rule.holds))
+        seen = [x.link.sees for x in (*(x for _, x in self.rules), *([self.measure] if self.measure else []))]
+        self.reads_p = self.measure is None or any("p" in names for names in seen)
+
+    @property
+    def measured(self) -> Placed:
+        assert self.measure is not None
+        return self.measure
+
+
+class Program:
+    """A chain that was checked: its scalars, slots and passes."""
+
+    def __init__(self, pieces: Sequence[Placed], maximize: bool):
+        self.pieces, self.maximize = pieces, maximize
+        self.scalars = Scalars(pieces)
+        owners = check_slots(pieces)
+        self.slots = {name: slot for name, (_, slot) in owners.items()}
+        self.rings = {name: piece for name, (piece, slot) in owners.items() if slot.kind == "ring"}
+        for name, piece in self.rings.items():
+            if piece.chain.derive is None or "step" not in piece.chain.derive.counters:
+                raise ValueError(f"{piece.label}: the ring {name!r} needs @derive('step') on its chain for its position")
+        ends = [i for i, x in enumerate(pieces) if isinstance(x.link, Measure)] + [len(pieces)]
+        self.passes = [Pass(pieces, end) for end in ends]
+        self.no_source = next((x.link.code.no_source for x in pieces if x.link.code.no_source), "")
+
+    def key(self) -> tuple:
+        """Equal for two groups that run the same code."""
+        links = ((id(x.link), x.stage, x.chain.name, x.chain.prefix, id(x.chain.derive)) for x in self.pieces)
+        return (*links, self.maximize)
+
+    def slot_dtype(self, name: str, compute: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
+        declared = self.slots[name].dtype
+        if declared is None:
+            return group["state_dtype"] or compute
+        return compute if declared == torch.float32 else declared
+
+    def ring_length(self, name: str, group: Mapping[str, Any]) -> int | None:
+        if name not in self.rings:
+            return None
+        piece, wanted = self.rings[name], self.slots[name].length
+        return int(number(piece, wanted, look(piece, wanted, group, {}, 0.0)))
+
+
+def compute_dtype(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def dense(t: Tensor) -> bool:
+    """Whether the elements fill memory without gaps or overlap, in some order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class Batch:
+    """Tensors of one program, device and set of dtypes: what one launch covers."""
+
+    backend: "Eager | Native"  # chosen when the plan is made
+
+    def __init__(self, program: Program, owners: list[Tensor], index: list[int], group: list[int], groups: list[dict]):
+        self.program, self.owners, self.index, self.groups = program, owners, index, groups
+        self.group = group  # of each tensor
+        first, options = owners[0], groups[group[0]]
+        self.dtype, self.device = first.dtype, first.device
+        self.compute = compute_dtype(first)
+        self.gdtype = (first.grad if first.grad is not None else first).dtype
+        self.slot_dtypes = {n: program.slot_dtype(n, self.compute, options) for n in program.slots}
+        self.rounding = options["rounding"] if self.dtype in (torch.bfloat16, torch.float16) else "nearest"
+        self.detour = detour(first, self.rounding)
+        self.sharded = any(map(sharding.is_sharded, owners))
+
+    def attach(self, state: Mapping[Tensor, dict]) -> None:
+        """Take hold of the state, which exists by now."""
+        self.state = [state[p] for p in self.owners]
+        self.params = [sharding.local(p.detach()) for p in self.owners]
+        self.pointers = [p.data_ptr() for p in self.params]
+        self.full_numel = [sharding.full_numel(p) for p in self.owners]
+        self.held = {n: [s[n] for s in self.state] for n in self.program.slots}
+        if self.rounding == "kahan":
+            self.held["compensation"] = [s["compensation"] for s in self.state]
+        self.slots = {n: [sharding.local(t) for t in ts] for n, ts in self.held.items()}
+        self.counters: dict[str, np.ndarray] = {}
+        for name in self.program.scalars.counters:  # one vector; the state holds 0-d views of it
+            vector = torch.stack([s[name] for s in self.state])
+            for s, view in zip(self.state, vector.unbind(), strict=True):
+                s[name] = view
+            self.held[name] = [s[name] for s in self.state]
+            self.counters[name] = vector.numpy()
+        columns = len(self.program.scalars.measured)
+        self.measured = torch.zeros(len(self.owners), max(1, columns), dtype=self.compute, device=self.device)
+        self.contiguous = all(p.is_contiguous() for p in self.params)
+        self.row = self.first = np.zeros(0, np.int32)
+
+    def fits(self, state: Mapping[Tensor, dict], grads: Sequence[Tensor]) -> bool:
+        """Whether parameters, gradients and state are still what was planned for."""
+        params = [sharding.local(p) for p in self.owners] if self.sharded else self.owners
+        return (
+            all(a is b for a, b in zip(map(state.get, self.owners), self.state, strict=True))
+            and all(s.get(n) is t for n, ts in self.held.items() for s, t in zip(self.state, ts, strict=True))
+            and [p.data_ptr() for p in params] == self.pointers
+            and all(grads[i].dtype == self.gdtype and grads[i].layout == torch.strided for i in self.index)
+        )
+
+    def bind(self, grads: Sequence[Tensor]) -> None:
+        """Take this step's gradients; one of another layout is copied into its parameter's."""
+        self.grads = [grads[i] for i in self.index]
+        if self.sharded:
+            self.grads = [sharding.local_grad(g, p) for g, p in zip(self.grads, self.owners, strict=True)]
+        if self.contiguous and all(g.is_contiguous() for g in self.grads):
+            return
+        for t, (g, p) in enumerate(zip(self.grads, self.params, strict=True)):
+            if g.stride() != p.stride():
+                self.grads[t] = torch.empty_like(p, dtype=g.dtype).copy_(g)
+
+    def begin(self, clock: float) -> None:
+        """Count the step and make the table: a row for each distinct (group, counters)."""
+        vectors = self.counters
+        for v in vectors.values():
+            v += 1
+        if not len(self.row) or any((v[self.first][self.row] != v).any() for v in vectors.values()):
+            keys = list(zip(self.group, *(v.tolist() for v in vectors.values()), strict=True))
+            distinct = {key: r for r, key in enumerate(dict.fromkeys(keys))}
+            self.row = np.array([distinct[key] for key in keys], np.int32)
+            self.first = np.array([keys.index(key) for key in distinct], np.int32)
+        self.clock = clock
+        cells, sets = [], []
+        for t in self.first.tolist():
+            counters = {c: float(v[t]) for c, v in vectors.items()}
+            row, set_ = self.program.scalars.row(self.groups[self.group[t]], counters, clock)
+            cells.append(row)
+            sets.append(set_)
+        self.table64 = np.array(cells, np.float64).reshape(len(cells), -1)
+        self.table = self.table64 if self.compute == torch.float64 else self.table64.astype(np.float32)
+        if self.program.rings:
+            self.positions = (vectors["step"] - 1).astype(np.int64)
+        for r, set_ in enumerate(sets):
+            for name, value in set_.items():
+                vectors[name][self.row == r] = value
+
+    def entry(self, name: str, t: int) -> Tensor:
+        """Tensor t's slot; of a ring the entry that this step replaces."""
+        slot = self.slots[name][t]
+        return slot[int(self.positions[t]) % len(slot)] if name in self.program.rings else slot
+
+    def bytes(self, ps: Pass) -> int:
+        """Read and written for one element."""
+        stores = 1 if ps.measure else 2
+        slots = [self.slot_dtypes[n] for n in ps.slots]
+        if ps.reads_p:
+            slots += [self.dtype] * (2 if self.rounding == "kahan" else 1)
+        return self.gdtype.itemsize + stores * sum(d.itemsize for d in slots)
+
+    def state_bytes(self) -> int:
+        """Of all tensors' slots, made or not."""
+        total = 0
+        for p, g in zip(self.owners, self.group, strict=True):
+            per = sum(
+                d.itemsize * (self.program.ring_length(n, self.groups[g]) or 1) for n, d in self.slot_dtypes.items()
+            )
+            total += sharding.local(p).numel() * (per + (self.dtype.itemsize if self.rounding == "kahan" else 0))
+        return total
+
+
+def detour(p: Tensor, rounding: str) -> str:
+    """Why this parameter can only be run by eager; empty if any backend can."""
+    flat = sharding.local(p.detach())
+    if not dense(flat):
+        return "not dense in memory"
+    if rounding == "stochastic" and not isinstance(sharding.logical_index(p), int):
+        return "stochastic rounding follows the logical index, and memory does not"
+    return ""
+
+
+class Plan:
+    """Batches and the order of their passes, for one set of parameters with gradients."""
+
+    def __init__(self, batches: list[Batch], params: list[Tensor], grads: Sequence[Tensor | None], structure: list):
+        self.batches, self.params, self.structure = batches, params, structure
+        self.missing = [g is None for g in grads]
+        self.schedule = schedule(batches)
+        self.sharded = any(b.sharded for b in batches)
+
+    def fits(self, state: Mapping, params: list[Tensor], grads: Sequence[Tensor | None], structure: list) -> bool:
+        return (
+            len(params) == len(self.params)
+            and all(a is b for a, b in zip(params, self.params, strict=True))
+            and [g is None for g in grads] == self.missing
+            and structure == self.structure
+            and all(b.fits(state, grads) for b in self.batches)  # type: ignore[arg-type]
+        )
+
+    def measure(self, ready: list[tuple[Batch, Pass]], group: Mapping[str, Any], clock: float) -> None:
+        """Reduce one measure over all its batches, complete it over shards, and give its results."""
+        placed = ready[0][1].measured
+        link = placed.measure
+        totals = torch.zeros(len(self.params), len(link.reduce), dtype=torch.float64, device=ready[0][0].device)
+        numel = torch.zeros(len(self.params), 1, dtype=torch.float64, device=totals.device)
+        for batch, ps in ready:
+            totals[batch.index] = batch.backend.reduce(ps).to(totals.device)
+            numel[batch.index, 0] = torch.tensor(batch.full_numel, dtype=torch.float64, device=totals.device)
+        if self.sharded:
+            sharding.complete(totals, list(link.reduce.values()), self.params)
+        if link.scope == "all":
+            cells = ready[0][0].program.scalars.shared(placed, group, clock)
+            columns = [torch.tensor(c, dtype=torch.float64, device=totals.device) for c in cells]
+            shared = finish(link, totals, numel, columns)
+        for batch, ps in ready:
+            scalars = batch.program.scalars
+            if link.scope == "tensor":
+                columns = [
+                    batch.measured[:, c.at].double()
+                    if c.measured
+                    else torch.from_numpy(batch.table64[batch.row, c.at]).to(batch.device)
+                    for c in scalars.of[ps.end]
+                ]
+                mine, counts = (x[batch.index].to(batch.device) for x in (totals, numel))
+                shared = finish(link, mine, counts, columns)
+            for name, value in zip(link.gives, shared, strict=True):
+                batch.measured[:, scalars.measured.index((ps.measured.chain, name))] = value
+
+
+def finish(link: Measure, totals: Tensor, numel: Tensor, cells: list[Tensor]) -> tuple[Tensor, ...]:
+    """Run a measure's `finish` on vectors [tensors], or over all on their total."""
+    over_all = link.scope == "all"
+    columns = []
+    for j, how in enumerate(link.reduce.values()):
+        column = totals[:, j]
+        if how == "max":
+            columns.append(column.max() if over_all else column)
+        else:
+            column, count = (column.sum(), numel.sum()) if over_all else (column, numel[:, 0])
+            columns.append(column / count.clamp(min=1) if how == "mean" else column)
+    out = link.finish(*columns, *cells)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def schedule(batches: list[Batch]) -> list[list[tuple[Batch, Pass]]]:
+    """The measures in an order that suits every chain; one link's measure runs over all its batches at once."""
+
+    waiting = []
+    for batch in batches:
+        links = [ps.measure for ps in batch.program.passes if ps.measure]
+        keys = [(id(x.link), x.chain.name) for x in links]
+        named = [(*key, keys[:i].count(key)) for i, key in enumerate(keys)]
+        waiting.append((batch, list(zip(named, batch.program.passes, strict=False))))
+    order = []
+    while any(queue for _, queue in waiting):
+        heads = [queue[0][0] for _, queue in waiting if queue]
+        free = [key for key in heads if all(key not in dict(queue[1:]) for _, queue in waiting)]
+        if not free:
+            names = ", ".join(sorted({queue[0][1].measured.label for _, queue in waiting if queue}))
+            raise ValueError(f"the measures {names} stand in another order in another group: use one order")
+        order.append([(b, queue.pop(0)[1]) for b, queue in waiting if queue and queue[0][0] == free[0]])
+    return order

@@ -1,0 +1,96 @@
+"""The table: where each scalar of a chain comes from, and its value for each distinct (group, counters)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .chain import Chain, Placed
+from .transform import Measure
+
+
+class Column(NamedTuple):
+    """Where a link finds a scalar: a column of the host's table, or of what measures gave."""
+
+    measured: bool
+    at: int
+
+
+def plain(value: Any) -> Any:
+    """A hyperparameter as plain Python: tensors (also in tuples) as floats."""
+    if isinstance(value, torch.Tensor):
+        return float(value)
+    return tuple(map(plain, value)) if isinstance(value, tuple | list) else value
+
+
+class Scalars:
+    """Columns of one chain. Lookup: counters and clock, the chain's derive, measured, its arguments, the group."""
+
+    def __init__(self, pieces: Sequence[Placed]):
+        self.of: list[list[Column]] = []  # for each link, in the order of its scalars
+        self.rows: list[tuple[Placed, str]] = []
+        self.measured: list[tuple[Chain, str]] = []
+        self.derived = list({x.chain: x for x in pieces if x.chain.derive}.values())  # one link for each chain
+        self.counters = list(dict.fromkeys(c for x in self.derived if (d := x.chain.derive) for c in d.counters))
+        for piece in pieces:
+            over_all = isinstance(piece.link, Measure) and piece.link.scope == "all"
+            self.of.append([] if over_all else [self.column(piece, name) for name in piece.link.scalars])
+            if isinstance(piece.link, Measure):
+                self.measured += [(piece.chain, name) for name in piece.link.gives]
+
+    def column(self, piece: Placed, name: str) -> Column:
+        if (piece.chain, name) in self.measured:
+            return Column(True, self.measured.index((piece.chain, name)))
+        known = [(x.chain, n) for x, n in self.rows]
+        if (piece.chain, name) not in known:
+            self.rows.append((piece, name))
+            return Column(False, len(known))
+        return Column(False, known.index((piece.chain, name)))
+
+    def row(self, group: Mapping[str, Any], counters: Mapping[str, float], clock: float) -> tuple[list[float], dict]:
+        """One row in float64, and the counters that a derive set."""
+        made = {x.chain: derived(x, group, counters, clock) for x in self.derived}
+        cells = []
+        for piece, name in self.rows:
+            mine = made.get(piece.chain, {})
+            cells.append(number(piece, name, mine[name] if name in mine else look(piece, name, group, counters, clock)))
+        return cells, {c: float(d[c]) for d in made.values() for c in self.counters if c in d}
+
+
+    def shared(self, piece: Placed, group: Mapping[str, Any], clock: float) -> list[float]:
+        """What `finish` of a measure over all tensors asks for: no counters, which each parameter has of its own."""
+        made = derived(piece, group, {}, clock)
+        return [
+            number(piece, n, made[n] if n in made else look(piece, n, group, {}, clock)) for n in piece.link.scalars
+        ]
+
+
+def derived(piece: Placed, group: Mapping[str, Any], counters: Mapping[str, float], clock: float) -> dict[str, Any]:
+    """What the chain's derive returns."""
+    derive = piece.chain.derive
+    return derive.fn(*[look(piece, n, group, counters, clock) for n in derive.params]) if derive else {}
+
+
+def look(piece: Placed, name: str, group: Mapping[str, Any], counters: Mapping[str, float], clock: float) -> Any:
+    """A scalar that no derive and no measure gives."""
+    if name in counters:
+        return counters[name]
+    if name == "clock":
+        return clock
+    scope = piece.chain
+    if name in scope.arguments:
+        return plain(group.get(f"{scope.name}.{name}", scope.arguments[name]))
+    if name in group and name != "params":
+        return plain(group[name])
+    raise ValueError(
+        f"{piece.label} asks for the scalar {name!r}, which nobody gives (chain {scope.name or '(unnamed)'!r}): "
+        f"return it from the chain's derive, give it as an argument, measure it before, or use one of the group's: "
+        f"{', '.join(k for k in group if k != 'params' and '.' not in k)}"
+    )
+
+
+def number(piece: Placed, name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{piece.label}: the scalar {name!r} is {value!r}; a rule takes numbers only") from None

@@ -1,0 +1,177 @@
+"""The kinds of links: a rule sees one element, a measure makes scalars from a tensor or from all; derive makes scalars
+on the host."""
+
+import inspect
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from .language import Code, RuleError
+
+
+class Stage(IntEnum):
+    """What a link works on; a chain never goes back."""
+
+    GRAD = 0  # what the gradient becomes
+    PRECONDITION = 1  # which direction
+    UPDATE = 2  # what is done to the direction
+    WRITE = 3  # decay and the write itself
+
+
+@dataclass(frozen=True)
+class Slot:
+    """State of a rule that has the parameter's shape.
+
+    kind: "param", or "ring": `length` (a scalar of the chain) entries, of which the rule sees the oldest; what it
+        returns replaces that one.
+    dtype: None: the optimizer's `state_dtype`; else this, whatever that says (float32 is float64 for such parameters).
+    """
+
+    name: str
+    kind: str = "param"
+    dtype: torch.dtype | None = None
+    length: str = "window"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("param", "ring"):
+            raise ValueError(f"Slot({self.name!r}, kind={self.kind!r}): use 'param' or 'ring'")
+
+
+class Link:
+    """What all kinds share: a name, and being one object wherever it goes (pickled by module and name)."""
+
+    fn: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        return self.fn.__name__
+
+    def __call__(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+    def __reduce__(self) -> Any:
+        where = self.fn.__module__, self.fn.__qualname__
+        if "<locals>" in where[1]:
+            raise pickle.PicklingError(f"{where[1]} can't be pickled: define it at the top level of a module")
+        return _by_name, where
+
+    def __deepcopy__(self, memo: Any) -> "Link":
+        return self
+
+
+def _by_name(module: str, name: str) -> Any:
+    return getattr(import_module(module), name)
+
+
+class Rule(Link):
+    """An elementwise link: `u`, `p` and `g` if it wants them, slots, scalars -> `u` and the new slots."""
+
+    def __init__(self, fn: Callable[..., Any], slots: Sequence[str | Slot], uses: Sequence[str], stage: Stage | None):
+        self.fn, self.stage, self.uses = fn, stage, tuple(uses)
+        self.slots = tuple(s if isinstance(s, Slot) else Slot(s) for s in slots)
+        self.holds = tuple(s.name for s in self.slots) + self.uses  # owned before borrowed
+        self.code = Code(fn, lambda name: name in ("u", "p", "g", *self.holds))
+        params = self.code.params
+        self.sees = tuple(n for n in params[1:3] if n in ("p", "g"))
+        rest = params[1 + len(self.sees) :]
+        self.scalars = tuple(rest[len(self.holds) :])
+        if params[:1] != ["u"] or tuple(rest[: len(self.holds)]) != self.holds or {"u", "p", "g"} & set(self.scalars):
+            raise RuleError(
+                f"{self.name}({', '.join(params)}): the parameters are u, then p and g if wanted, then the slots "
+                f"{self.holds}, then scalars"
+            )
+        if not self.code.no_source and len(self.code.returns) != 1 + len(self.holds):
+            raise RuleError(
+                f"{self.code.file}:{self.code.first}: {self.name} returns {len(self.code.returns)} values; it must "
+                f"return {', '.join(('p' if stage == Stage.WRITE else 'u', *self.holds))}"
+            )
+
+
+REDUCTIONS = ("sum", "mean", "max")
+
+
+class Measure(Link):
+    """Maps what flows, reduces it, and finishes to scalars that the links behind it may ask for by name.
+
+    scope: "tensor" (each its own) or "all" (every tensor whose chain holds this very link).
+    reduce: a name for each value that the map returns -> "sum", "mean" or "max" (from 0: meant for magnitudes).
+    finish: `(reductions, scalars) -> gives`, in the rule language with arithmetic among scalars, in float64.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        scope: str,
+        reduce: Mapping[str, str],
+        gives: Sequence[str],
+        finish: Callable[..., Any],
+        stage: Stage | None,
+    ):
+        self.fn, self.scope, self.stage = fn, scope, stage
+        self.reduce, self.gives, self.finish = dict(reduce), tuple(gives), finish
+        if scope not in ("tensor", "all"):
+            raise ValueError(f"{self.name}: scope={scope!r}; use 'tensor' or 'all'")
+        for how in self.reduce.values():
+            if how not in REDUCTIONS:
+                raise ValueError(f"{self.name}: reduce {how!r}; use one of {', '.join(REDUCTIONS)}")
+        self.code = Code(fn, lambda name: True)
+        self.sees = tuple(self.code.params[1:])
+        if self.code.params[:1] != ["u"] or not set(self.sees) <= {"p", "g"}:
+            raise RuleError(f"{self.name}({', '.join(self.code.params)}): a measure maps u, and p and g if wanted")
+        if not self.code.no_source and len(self.code.returns) != len(self.reduce):
+            raise RuleError(f"{self.name} returns {len(self.code.returns)} values; reduce names {list(self.reduce)}")
+        known = list(self.reduce)
+        end = Code(finish, lambda name: False, scalar_math=True)
+        self.scalars = tuple(end.params[len(known) :])
+        if end.params[: len(known)] != known or (not end.no_source and len(end.returns) != len(self.gives)):
+            raise RuleError(f"{self.name}: finish takes {known}, then scalars, and returns {list(self.gives)}")
+
+    def map(self, **seen: Any) -> tuple[Any, ...]:
+        """The values to reduce, from u and whatever else the map sees."""
+        out = self.fn(seen["u"], *(seen[n] for n in self.sees))
+        return out if isinstance(out, tuple) else (out,)
+
+
+class Derive(Link):
+    """Scalars of a chain that the host computes in float64 from counters, arguments and the group."""
+
+    def __init__(self, fn: Callable[..., Any], counters: Sequence[str]):
+        self.fn, self.counters = fn, tuple(counters)
+        self.params = tuple(inspect.signature(fn).parameters)
+        if lost := [c for c in counters if c not in self.params]:
+            raise TypeError(f"derive({', '.join(map(repr, counters))}): {self.name} has no parameter {lost[0]!r}")
+
+
+def rule(
+    fn: Callable[..., Any] | None = None,
+    *,
+    slots: Sequence[str | Slot] = (),
+    uses: Sequence[str] = (),
+    stage: Stage | None = None,
+) -> Any:
+    """Make an elementwise link of a plain function. Without a stage it takes that of the link before it."""
+    if fn is not None:
+        return Rule(fn, slots, uses, stage)
+    return lambda function: Rule(function, slots, uses, stage)
+
+
+def measure(
+    *,
+    scope: str,
+    reduce: Mapping[str, str],
+    gives: Sequence[str],
+    finish: Callable[..., Any],
+    stage: Stage | None = None,
+) -> Callable[[Callable[..., Any]], Measure]:
+    """Make a link that measures what flows and gives scalars to the links behind it."""
+    return lambda function: Measure(function, scope, reduce, gives, finish, stage)
+
+
+def derive(*counters: str) -> Callable[[Callable[..., dict[str, Any]]], Derive]:
+    """Make a chain's `derive`: the names are counters, seen after +1; one that it returns is set to that value."""
+    return lambda function: Derive(function, counters)

@@ -1,0 +1,75 @@
+"""Clipping of gradients: all together, each tensor, each value. Pascanu et al. 2013, https://arxiv.org/abs/1211.5063"""
+
+import math
+
+from ..chain import Chain, chain
+from ..ops import absolute, minimum, sign, sqrt, where
+from ..options import LIMIT, check_number
+from ..transform import measure, rule
+
+
+@rule
+def scale(u, coef):
+    return u * coef
+
+
+@rule
+def clip_value(u, limit):
+    return where(absolute(u) > limit, sign(u) * limit, u)
+
+
+def norm_coef(norm, max_norm):
+    return minimum(max_norm / (norm + 1e-6), 1.0)
+
+
+def l2_coef(total, max_norm):
+    return minimum(max_norm / (sqrt(total) + 1e-6), 1.0)
+
+
+@measure(scope="all", reduce={"norm": "sum"}, gives=("coef",), finish=norm_coef)
+def magnitudes(u):
+    return absolute(u)
+
+
+@measure(scope="all", reduce={"total": "sum"}, gives=("coef",), finish=l2_coef)
+def squares(u):
+    return u * u
+
+
+@measure(scope="all", reduce={"norm": "max"}, gives=("coef",), finish=norm_coef)
+def largest(u):
+    return absolute(u)
+
+
+@measure(scope="tensor", reduce={"total": "sum"}, gives=("coef",), finish=l2_coef)
+def squares_of_each(u):
+    return u * u
+
+
+def clip_by_global_norm(max_norm: float, norm_type: float = 2, name: str | None = None) -> Chain:
+    """Scale all gradients together so that their norm is at most `max_norm`, as torch's `clip_grad_norm_`.
+
+    g <- g min(1, max_norm / (|all g| + 1e-6))
+
+    norm_type: 1, 2 or infinity. A NaN norm makes every gradient NaN, as there.
+    """
+    check_number("clip_by_global_norm", "max_norm", max_norm, LIMIT)
+    kinds = {1.0: magnitudes, 2.0: squares, math.inf: largest}
+    if norm_type not in kinds:
+        raise ValueError(f"clip_by_global_norm: norm_type={norm_type!r}: use 1, 2 or float('inf')")
+    return chain(kinds[norm_type], scale, name="clip_by_global_norm", max_norm=max_norm).named(name)
+
+
+def clip_by_norm(max_norm: float, name: str | None = None) -> Chain:
+    """Scale each tensor's gradient so that its own norm is at most `max_norm`.
+
+    g <- g min(1, max_norm / (|g| + 1e-6))
+    """
+    check_number("clip_by_norm", "max_norm", max_norm, LIMIT)
+    return chain(squares_of_each, scale, name="clip_by_norm", max_norm=max_norm).named(name)
+
+
+def clip_by_value(limit: float, name: str | None = None) -> Chain:
+    """Cut each entry of the gradient to [-limit, limit]."""
+    check_number("clip_by_value", "limit", limit, LIMIT)
+    return chain(clip_value, name="clip_by_value", limit=limit).named(name)
