@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import sharding
 from .backends import choose
 from .backends.eager import Eager
 
@@ -21,9 +22,9 @@ def describe(optimizer: "Optimizer") -> str:
     for batch in batches:
         backend, why = choose(optimizer.backend, batch)
         passes = batch.program.passes
-        numel = sum(p.numel() for p in batch.owners)
+        numel = sum(sharding.local(p).numel() for p in batch.owners)
         dtypes = " ".join(str(d).removeprefix("torch.") for d in (batch.dtype, batch.gdtype))
-        lines.append(f"{len(batch.owners)} tensors, {numel} elements, parameter and gradient {dtypes}, {batch.device}")
+        lines.append(f"{len(batch.owners)} tensors, {numel} elements{' on this rank' * batch.sharded}, parameter and gradient {dtypes}, {batch.device}")
         lines.append("  chain: " + " -> ".join(x.label for x in batch.program.pieces))
         lines += [f"  pass {k}: {one_pass(batch, ps)}" for k, ps in enumerate(passes, 1)]
         count = len(passes) if backend.name == "native" else f"{len(batch.owners)} x {len(passes)} eager"

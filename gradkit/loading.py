@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import sharding
+
 if TYPE_CHECKING:
     from .optimizer import Optimizer
 
@@ -38,6 +40,11 @@ def check(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
         return
     for n, (p, _, saved) in enumerate(pairs(optimizer, state_dict)):
         for name, value in saved.items():
+            if isinstance(value, Tensor) and value.dim() and sharding.is_sharded(value) != sharding.is_sharded(p):
+                raise ValueError(
+                    f"{who}.load_state_dict: {name!r} of parameter {n} and the parameter must both be sharded or plain; "
+                    f"use torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                )
             if isinstance(value, Tensor) and value.dim() and value.shape not in (p.shape, value.shape[:1] + p.shape):
                 raise ValueError(
                     f"{who}.load_state_dict: {name!r} of parameter {n} has shape {tuple(value.shape)}, the parameter "

@@ -17,7 +17,7 @@ def _tensors(name: str, *args: Number) -> tuple[Tensor, ...]:
     if not found:
         raise TypeError(f"{name}: no tensor among {args}; compute scalars in derive")
     dtype = next((a.dtype for a in found if a.dtype != torch.bool), torch.float64)
-    return tuple(a if isinstance(a, Tensor) else torch.tensor(a, dtype=dtype, device=found[0].device) for a in args)
+    return tuple(a if isinstance(a, Tensor) else torch.full((), a, dtype=dtype, device=found[0].device) for a in args)
 
 
 @op
@@ -81,14 +81,6 @@ def isfinite(x: Number) -> Tensor:
 
 _ALL = (sqrt, absolute, sign, minimum, maximum, where, exp, log, tanh, sigmoid, isfinite)
 OPS: dict[str, Callable[..., Any]] = {f.__name__: f for f in _ALL}
-
-
-def __getattr__(name: str) -> Any:
-    if name == "lerp":  # an @fn, written in the rule language: it stands there
-        from . import language
-
-        return getattr(language, name)  # AttributeError until language.py defines it
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @fn

@@ -66,6 +66,9 @@ class Optimizer(torch.optim.Optimizer):
         """Add a group, as in torch; its values are checked first."""
         values = {**self.defaults, **{k: v for k, v in param_group.items() if k != "params"}}
         who = type(self).__name__
+        for name in ("backend", "transforms"):
+            if name in param_group:
+                raise ValueError(f"{who}: {name}= belongs to the optimizer, not to a group; give it to {who}(...)")
         check_values(who, values, self.defaults, self.ranges)
         built_in = self.links(values)
         for c in (x for whole in (*self.transforms, built_in) for x in whole.walk()):
@@ -80,7 +83,8 @@ class Optimizer(torch.optim.Optimizer):
         params = param_group.get("params")
         if isinstance(params, Tensor):
             params = [params]
-        param_group["params"] = params = list(params) if params is not None else []
+        if not isinstance(params, set):  # which torch refuses, for it has no order
+            param_group["params"] = params = list(params or ())
         for p in params:
             tensor = p[1] if isinstance(p, tuple) else p
             if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES:
@@ -118,7 +122,10 @@ class Optimizer(torch.optim.Optimizer):
     @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, for the parameters that have a gradient; without any it does nothing."""
+        """One step, for the parameters that have a gradient; without any it does nothing.
+
+        With sharded parameters and a measure (a clip) every rank must have some gradient: the others wait for it.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -248,14 +255,16 @@ def shape_of(value: Any) -> Any:
 
 def laid_out(old: Tensor | None, p: Tensor, dtype: torch.dtype, length: int | None, name: str) -> Tensor:
     """A slot of p's layout: the old one where it fits, else a new one with its values."""
+    if old is not None:
+        flat, ring = sharding.local(p), () if length is None else (length,)
+        wanted = (dtype, flat.device, (*ring, *flat.shape), (*(max(1, flat.numel()) for _ in ring), *flat.stride()))
+        have = sharding.local(old)
+        if have.shape != wanted[2]:
+            raise ValueError(f"the slot {name!r} has shape {tuple(have.shape)}, it needs {wanted[2]}; delete it")
+        same = wanted == (have.dtype, have.device, have.shape, have.stride())
+        if same and sharding.is_sharded(old) == sharding.is_sharded(p):
+            return old
     new = sharding.slot(p, dtype, length)
-    if old is None:
-        return new
-    if old.shape != new.shape:
-        raise ValueError(f"the slot {name!r} has shape {tuple(old.shape)}, it needs {tuple(new.shape)}; delete it")
-    a, b = sharding.local(old), sharding.local(new)
-    same = (a.dtype, a.device, a.stride()) == (b.dtype, b.device, b.stride())
-    if same and sharding.is_sharded(old) == sharding.is_sharded(new):
-        return old
-    b.copy_(a)
+    if old is not None:
+        sharding.local(new).copy_(have)
     return new

@@ -98,14 +98,16 @@ class Batch:
         self.slot_dtypes = {n: program.slot_dtype(n, self.compute, options) for n in program.slots}
         self.rounding = options["rounding"] if self.dtype in (torch.bfloat16, torch.float16) else "nearest"
         self.detour = detour(first, self.rounding)
-        self.sharded = any(map(sharding.is_sharded, owners))
+        self.sharded = any(map(sharding.is_sharded, owners))  # a placement that can't be stepped raised by now
 
     def attach(self, state: Mapping[Tensor, dict]) -> None:
         """Take hold of the state, which exists by now."""
         self.state = [state[p] for p in self.owners]
         self.params = [sharding.local(p.detach()) for p in self.owners]
         self.pointers = [p.data_ptr() for p in self.params]
-        self.full_numel = [sharding.full_numel(p) for p in self.owners]
+        numel = [[p.numel()] for p in self.params]
+        self.numel = torch.tensor(numel, dtype=torch.float64, device=self.device)
+        self.logical = [sharding.logical_index(p) if self.rounding == "stochastic" else 0 for p in self.owners]
         self.held = {n: [s[n] for s in self.state] for n in self.program.slots}
         if self.rounding == "kahan":
             self.held["compensation"] = [s["compensation"] for s in self.state]
@@ -194,6 +196,8 @@ class Batch:
 
 def detour(p: Tensor, rounding: str) -> str:
     """Why this parameter can only be run by eager; empty if any backend can."""
+    if sharding.is_sharded(p):
+        sharding.placements(p)
     flat = sharding.local(p.detach())
     if not dense(flat):
         return "not dense in memory"
@@ -224,18 +228,19 @@ class Plan:
         """Reduce one measure over all its batches, complete it over shards, and give its results."""
         placed = ready[0][1].measured
         link = placed.measure
-        totals = torch.zeros(len(self.params), len(link.reduce), dtype=torch.float64, device=ready[0][0].device)
-        numel = torch.zeros(len(self.params), 1, dtype=torch.float64, device=totals.device)
-        for batch, ps in ready:
-            totals[batch.index] = batch.backend.reduce(ps).to(totals.device)
-            numel[batch.index, 0] = torch.tensor(batch.full_numel, dtype=torch.float64, device=totals.device)
+        parts = [torch.cat((b.backend.reduce(ps), b.numel), 1) for b, ps in ready]  # the last column counts elements
         if self.sharded:
-            sharding.complete(totals, list(link.reduce.values()), self.params)
+            totals = torch.zeros(len(self.params), parts[0].shape[1], dtype=torch.float64, device=parts[0].device)
+            for (batch, _), part in zip(ready, parts, strict=True):
+                totals[batch.index] = part.to(totals.device)
+            sharding.complete(totals, [*link.reduce.values(), "sum"], self.params)
+            parts = [totals[batch.index].to(batch.device) for batch, _ in ready]
         if link.scope == "all":
+            device = parts[0].device
             cells = ready[0][0].program.scalars.shared(placed, group, clock)
-            columns = [torch.tensor(c, dtype=torch.float64, device=totals.device) for c in cells]
-            shared = finish(link, totals, numel, columns)
-        for batch, ps in ready:
+            columns = [torch.tensor(c, dtype=torch.float64, device=device) for c in cells]
+            shared = finish(link, torch.cat([x.to(device) for x in parts]), columns)
+        for (batch, ps), part in zip(ready, parts, strict=True):
             scalars = batch.program.scalars
             if link.scope == "tensor":
                 columns = [
@@ -244,23 +249,20 @@ class Plan:
                     else torch.from_numpy(batch.table64[batch.row, c.at]).to(batch.device)
                     for c in scalars.of[ps.end]
                 ]
-                mine, counts = (x[batch.index].to(batch.device) for x in (totals, numel))
-                shared = finish(link, mine, counts, columns)
+                shared = finish(link, part, columns)
             for name, value in zip(link.gives, shared, strict=True):
                 batch.measured[:, scalars.measured.index((ps.measured.chain, name))] = value
 
 
-def finish(link: Measure, totals: Tensor, numel: Tensor, cells: list[Tensor]) -> tuple[Tensor, ...]:
-    """Run a measure's `finish` on vectors [tensors], or over all on their total."""
+def finish(link: Measure, totals: Tensor, cells: list[Tensor]) -> tuple[Tensor, ...]:
+    """Run a measure's `finish` on vectors [tensors], or over all on their total; the last of the totals is numel."""
     over_all = link.scope == "all"
     columns = []
     for j, how in enumerate(link.reduce.values()):
-        column = totals[:, j]
-        if how == "max":
-            columns.append(column.max() if over_all else column)
-        else:
-            column, count = (column.sum(), numel.sum()) if over_all else (column, numel[:, 0])
-            columns.append(column / count.clamp(min=1) if how == "mean" else column)
+        column, count = totals[:, j], totals[:, -1]
+        if over_all:
+            column, count = column.max() if how == "max" else column.sum(), count.sum()
+        columns.append(column / count.clamp(min=1) if how == "mean" else column)
     out = link.finish(*columns, *cells)
     return out if isinstance(out, tuple) else (out,)
 

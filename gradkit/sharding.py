@@ -75,18 +75,16 @@ def complete(totals: Tensor, how: Sequence[str], params: Sequence[Any]) -> None:
     for groups, device, rows in stacks.values():
         for op, kinds in ((ReduceOp.SUM, ("sum", "mean")), (ReduceOp.MAX, ("max",))):
             columns = [j for j, kind in enumerate(how) if kind in kinds]
+            if not columns:
+                continue
             part = totals[rows][:, columns]
-            part = part if part.device.type == device else part.to(device)  # parameters offloaded to the CPU
-            for group in groups if columns else ():
-                all_reduce(part, op=op, group=group)
-            totals[torch.tensor(rows)[:, None], columns] = part.to(totals.device)
-
-
-def full_numel(p: Any) -> int:
-    """How many elements the full tensor has."""
-    if is_sharded(p):
-        placements(p)  # refuses what no rank can step
-    return p.numel()
+            lost = part.isnan()  # a maximum over ranks would forget it
+            both = torch.cat([part.masked_fill(lost, 0.0), lost.double()], 1)
+            both = both if both.device.type == device else both.to(device)  # parameters offloaded to the CPU
+            for group in groups:
+                all_reduce(both, op=op, group=group)
+            part, lost = both.to(totals.device).chunk(2, 1)
+            totals[torch.tensor(rows)[:, None], columns] = part.masked_fill(lost > 0, torch.nan)
 
 
 def logical_index(p: Any) -> int | Tensor:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ PROBE = """#include <stdint.h>
 static int64_t total[64];
 void run(const int64_t *job) {
   #pragma omp parallel for
-  for (int i = 0; i < 64; i++) total[i] += job ? job[0] : 1;
+  for (int i = 0; i < 64; i++) total[i] += job[0];
 }
 """
 
@@ -45,42 +45,44 @@ def build(source: str) -> Library:
 
 def why_not() -> str | None:
     """Why nothing can be compiled here; None if it can."""
-    found = _compiler(os.environ.get("CC", ""), os.environ.get("PATH", ""))
+    found = compiler(os.environ.get("CC", ""), os.environ.get("PATH", ""))
     return found if isinstance(found, str) else None
 
 
 @cache
 def _build(source: str, cc: str, path: str) -> Library:
-    found = _compiler(cc, path)
+    found = compiler(cc, path)
     if isinstance(found, str):
         raise NoCompiler(found)
     return obtain(source, *found)
 
 
 @cache
-def _compiler(cc: str, path: str) -> tuple[list[str], tuple[str, ...]] | str:
-    """The command of the first compiler that works and the flags it accepts, or why there is none."""
+def compiler(cc: str, path: str) -> tuple[list[str], tuple[str, ...]] | str:
+    """The command of the first compiler that works and the flags it takes, or why there is none."""
     if os.name != "posix":
         return f"compiling needs a POSIX system, this is {platform.system()}"
+    try:
+        asked = shlex.split(cc)
+    except ValueError as e:
+        return f"CC={cc!r} can't be read: {e}"
     reasons = []
-    for command in [shlex.split(cc)] if cc.strip() else [["cc"], ["gcc"], ["clang"]]:
-        program = shutil.which(command[0])
-        if program is None:
-            continue
-        if sys.platform == "darwin" and program.startswith("/usr/bin/"):  # a stub, which opens a dialog
-            if subprocess.run(["xcode-select", "-p"], capture_output=True).returncode:
-                reasons.append("Xcode's command line tools are not installed (xcode-select --install)")
-                continue
-        try:
-            return command, accepted(command)
-        except NoCompiler as e:
-            reasons.append(str(e))
-    asked = f"CC={cc!r}" if cc.strip() else "no C compiler (cc, gcc, clang)"
-    return reasons[0] if reasons else f"{asked} was not found on PATH; install one or set CC"
+    for name, *arguments in [asked] if asked else [["cc"], ["gcc"], ["clang"]]:
+        program = shutil.which(name, path=path)
+        stub = sys.platform == "darwin" and (program or "").startswith("/usr/bin/")  # it may open a dialog
+        if stub and subprocess.run(["xcode-select", "-p"], capture_output=True).returncode:
+            reasons.append("Xcode's command line tools are missing: xcode-select --install")
+        elif program:
+            try:
+                return [program, *arguments], accepted([program, *arguments])
+            except NoCompiler as e:
+                reasons.append(str(e))
+    missing = f"CC={cc!r} was not found" if asked else "no C compiler (cc, gcc, clang) was found"
+    return reasons[0] if reasons else f"{missing} on PATH; install one or set CC"
 
 
 def accepted(command: list[str]) -> tuple[str, ...]:
-    """The flags that a compiler takes; OpenMP only if it brings no second runtime beside torch's."""
+    """The flags that a compiler takes, each refused one left out."""
     with suppress(NoCompiler):
         obtain(PROBE, command, NEEDED + WANTED)
         return NEEDED + WANTED
@@ -99,7 +101,7 @@ def obtain(source: str, command: list[str], flags: tuple[str, ...]) -> Library:
 
     parts = [source, *command, *flags, version(tuple(command)), processor(), __version__]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    with suppress(OSError):  # no home, read-only, full, noexec, not ours: a folder for this process alone
+    with suppress(OSError):  # no home, read-only, full, noexec, not ours: a folder that goes once it is loaded
         home = folder()
         for file in home.glob(f"{key}.*.so"):
             if file.name.split(".")[1] == digest(file):  # a truncated library would crash, not raise
@@ -120,29 +122,25 @@ def folder() -> Path:
         raise FileNotFoundError("no home directory")
     path = Path(root, "gradkit")
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for info in (path.lstat(), path.stat()):  # a link and what it points to
-        if info.st_uid != os.geteuid():
-            raise PermissionError(f"{path} belongs to somebody else")
+    if any(info.st_uid != os.geteuid() for info in (path.lstat(), path.stat())):  # a link, and what it points to
+        raise PermissionError(f"{path} belongs to somebody else")
     if path.stat().st_mode & 0o022:
         raise PermissionError(f"{path} can be written by others")
     return path
 
 
 def make(place: Path, key: str, source: str, command: list[str], flags: tuple[str, ...]) -> Path:
-    """Compile into a folder; the library's name holds the hash of its bytes."""
-    handle, text = tempfile.mkstemp(dir=place, suffix=".c")
-    with os.fdopen(handle, "w") as f:
-        f.write(source)
-    os.replace(text, place / f"{key}.c")  # for people to read; the compiler gets the text itself
+    """Compile into a folder; the library's name holds the hash of its bytes, and its text stands beside it."""
     handle, made = tempfile.mkstemp(dir=place, suffix=".tmp")
     os.close(handle)
+    temporary = Path(made)
     try:
+        temporary.write_text(source)
+        temporary.replace(place / f"{key}.c")
         call([*command, *flags, "-x", "c", "-", "-o", made, "-lm"], source)
-        file = place / f"{key}.{digest(Path(made))}.so"
-        os.replace(made, file)
-        return file
+        return temporary.replace(place / f"{key}.{digest(temporary)}.so")
     finally:
-        Path(made).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def digest(file: Path) -> str:
@@ -164,12 +162,11 @@ def load(file: Path) -> Library:
     return Library(run, bool(runtimes))
 
 
-def call(command: list[str], text: str = "") -> str:
+def call(command: Sequence[str], text: str = "") -> str:
     """Run the compiler; what it printed, or NoCompiler with its first complaint."""
+    plain = {**os.environ, "LC_ALL": "C"}
     try:
-        done = subprocess.run(
-            command, input=text.encode(), capture_output=True, timeout=120, env={**os.environ, "LC_ALL": "C"}
-        )
+        done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=120, env=plain)
     except (OSError, subprocess.TimeoutExpired) as e:
         raise NoCompiler(f"{command[0]} can't be run: {e}") from None
     if done.returncode:
@@ -188,6 +185,6 @@ def version(command: tuple[str, ...]) -> str:
 def processor() -> str:
     """What -march=native depends on."""
     info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else platform.processor()
-    named = re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*", text.split("\n\n")[0], re.M)
-    return "\n".join([platform.machine(), *named] if named else [platform.machine(), text])
+    first = info.read_text().split("\n\n")[0] if info.exists() else platform.processor()
+    named = re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*", first, re.M)
+    return "\n".join([platform.machine(), *(named or [first])])

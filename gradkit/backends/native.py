@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import sharding
 from . import ccache
 from .csource import BLOCK, JOB, source
 
@@ -84,8 +83,7 @@ class Compiled:
         self.bases = self.pointers.copy()
         self.random = np.zeros((len(b.params), 3), np.int64)
         if b.rounding == "stochastic":
-            index = [sharding.logical_index(p) for p in b.owners]
-            self.random[:] = list(zip(index, b.index, [b.groups[g]["seed"] for g in b.group], strict=True))
+            self.random[:] = list(zip(b.logical, b.index, [b.groups[g]["seed"] for g in b.group], strict=True))
         self.out = np.zeros((len(self.blocks), len(ps.measure.measure.reduce) if ps.measure else 0))
         fixed = {"pointers": self.pointers, "blocks": self.blocks, "size": self.size, "random": self.random}
         fixed["out"] = self.out

@@ -1,8 +1,9 @@
 /* What generated loops call. T is a typedef, float or double, made before this text.
 
-   Nothing here branches or calls libm in float: one call would keep the whole loop from being vectorised. Errors of the
-   float forms in ulp of the exact value, over all 2^32 arguments: see MEASURED. Numbers of the polynomials: minimax fits
-   (Lawson's iteration) of this project. No function relies on denormals being flushed, or on not being flushed. */
+   In float nothing here branches or calls libm: one call would keep the whole loop from being vectorised. The float
+   forms, compared with double libm on all 2^32 arguments (gcc 12, x86-64): exp 0.96 ulp, log 0.87, tanh 1.33,
+   sigmoid 2.41, denormal results included; inf and NaN as they should be. Polynomials: minimax fits made for these
+   ranges. Contraction must be off, rounding to nearest, denormals kept. */
 #include <float.h>
 #include <math.h>
 #include <stdint.h>

@@ -12,18 +12,21 @@ from ..transform import Stage, derive, rule
 
 
 @rule(slots=("exp_avg", "exp_avg_sq"), stage=Stage.PRECONDITION)
-def adam(u, exp_avg, exp_avg_sq, w1, w2, a, b, e):
-    """Mean over root mean square; a and b hold the bias corrections."""
+def adam(u, exp_avg, exp_avg_sq, w1, k2, w2, a, b, e):
+    """Mean over root mean square; a and b hold the bias corrections.
+
+    The mean square as k2 v + w2 g^2, not v + w2 (g^2 - v): one infinite square must not become inf - inf.
+    """
     exp_avg = lerp(exp_avg, u, w1)
-    exp_avg_sq = lerp(exp_avg_sq, u * u, w2)
+    exp_avg_sq = exp_avg_sq * k2 + w2 * u * u
     return exp_avg * a / (sqrt(exp_avg_sq) * b + e), exp_avg, exp_avg_sq
 
 
 @rule(slots=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), stage=Stage.PRECONDITION)
-def amsgrad(u, exp_avg, exp_avg_sq, max_exp_avg_sq, w1, w2, a, b, e):
+def amsgrad(u, exp_avg, exp_avg_sq, max_exp_avg_sq, w1, k2, w2, a, b, e):
     """Adam whose denominator never falls."""
     exp_avg = lerp(exp_avg, u, w1)
-    exp_avg_sq = lerp(exp_avg_sq, u * u, w2)
+    exp_avg_sq = exp_avg_sq * k2 + w2 * u * u
     max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
     return exp_avg * a / (sqrt(max_exp_avg_sq) * b + e), exp_avg, exp_avg_sq, max_exp_avg_sq
 
@@ -31,7 +34,7 @@ def amsgrad(u, exp_avg, exp_avg_sq, max_exp_avg_sq, w1, w2, a, b, e):
 @derive("step")
 def adam_scalars(betas, eps, step):
     b1, b2 = betas
-    return {"w1": 1 - b1, "w2": 1 - b2, "a": 1 / (1 - b1**step), "b": (1 - b2**step) ** -0.5, "e": eps}
+    return {"w1": 1 - b1, "k2": b2, "w2": 1 - b2, "a": 1 / (1 - b1**step), "b": (1 - b2**step) ** -0.5, "e": eps}
 
 
 class AdamW(Optimizer):

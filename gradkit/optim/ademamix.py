@@ -16,18 +16,18 @@ SLOW = Slot("exp_avg_slow", dtype=torch.float32)  # bfloat16 would lose incremen
 
 
 @rule(slots=("exp_avg", SLOW, "exp_avg_sq"), stage=Stage.PRECONDITION)
-def ademamix(u, exp_avg, exp_avg_slow, exp_avg_sq, w1, w2, w3, alpha_t, a, b, e):
+def ademamix(u, exp_avg, exp_avg_slow, exp_avg_sq, w1, k2, w2, w3, alpha_t, a, b, e):
     exp_avg = lerp(exp_avg, u, w1)
     exp_avg_slow = lerp(exp_avg_slow, u, w3)
-    exp_avg_sq = lerp(exp_avg_sq, u * u, w2)
+    exp_avg_sq = exp_avg_sq * k2 + w2 * u * u
     return (exp_avg * a + alpha_t * exp_avg_slow) / (sqrt(exp_avg_sq) * b + e), exp_avg, exp_avg_slow, exp_avg_sq
 
 
 @rule(slots=(SLOW, "exp_avg_sq"), stage=Stage.PRECONDITION)
-def ademamix_without_fast(u, exp_avg_slow, exp_avg_sq, w2, w3, alpha_t, b, e):
+def ademamix_without_fast(u, exp_avg_slow, exp_avg_sq, k2, w2, w3, alpha_t, b, e):
     """beta1 = 0: the gradient itself is the fast momentum."""
     exp_avg_slow = lerp(exp_avg_slow, u, w3)
-    exp_avg_sq = lerp(exp_avg_sq, u * u, w2)
+    exp_avg_sq = exp_avg_sq * k2 + w2 * u * u
     return (u + alpha_t * exp_avg_slow) / (sqrt(exp_avg_sq) * b + e), exp_avg_slow, exp_avg_sq
 
 
@@ -45,7 +45,7 @@ def ademamix_scalars(betas, alpha, eps, step, alpha_warmup, beta3_warmup):
         done = step / beta3_warmup
         b3 = 0.5 ** (1 / ((1 - done) * half_life(b1) + done * half_life(b3) + 1))
     corrected = {"a": 1 / (1 - b1**step), "b": (1 - b2**step) ** -0.5, "e": eps}
-    return {"w1": 1 - b1, "w2": 1 - b2, "w3": 1 - b3, "alpha_t": alpha, **corrected}
+    return {"w1": 1 - b1, "k2": b2, "w2": 1 - b2, "w3": 1 - b3, "alpha_t": alpha, **corrected}
 
 
 class AdEMAMix(Optimizer):

@@ -12,10 +12,10 @@ from ..transform import Stage, derive, rule
 
 
 @rule(slots=("exp_avg", "exp_avg_sq", "previous_grad"), stage=Stage.PRECONDITION)
-def diffgrad(u, exp_avg, exp_avg_sq, previous_grad, w1, w2, a, e):
+def diffgrad(u, exp_avg, exp_avg_sq, previous_grad, w1, k2, w2, a, e):
     """Adam's direction times a friction between 1/2 (the gradient stands still) and 1."""
     exp_avg = lerp(exp_avg, u, w1)
-    exp_avg_sq = lerp(exp_avg_sq, u * u, w2)
+    exp_avg_sq = exp_avg_sq * k2 + w2 * u * u
     friction = sigmoid(absolute(previous_grad - u))
     return friction * exp_avg * a / (sqrt(exp_avg_sq) + e), exp_avg, exp_avg_sq, u
 
@@ -23,7 +23,7 @@ def diffgrad(u, exp_avg, exp_avg_sq, previous_grad, w1, w2, a, e):
 @derive("step")
 def diffgrad_scalars(betas, eps, step):
     b1, b2 = betas
-    return {"w1": 1 - b1, "w2": 1 - b2, "a": (1 - b2**step) ** 0.5 / (1 - b1**step), "e": eps}
+    return {"w1": 1 - b1, "k2": b2, "w2": 1 - b2, "a": (1 - b2**step) ** 0.5 / (1 - b1**step), "e": eps}
 
 
 class DiffGrad(Optimizer):
