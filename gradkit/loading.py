@@ -66,7 +66,7 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
     taken: set[str] = set()
     for p, group, saved in pairs(optimizer, state_dict):
         program = optimizer.program(group)
-        declared = {n: optimizer.slot_dtype(program, n, p, group) for n in program.slots}
+        declared = {n: program.slot_dtype(n, p, group) for n in program.slots}
         declared |= dict.fromkeys(program.scalars.counters, torch.float32)
         if group["rounding"] == "kahan":
             declared["compensation"] = p.dtype

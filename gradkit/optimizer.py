@@ -1,6 +1,6 @@
 """Optimizer: groups, state, loading, closure; runs a plan."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from . import loading, sharding
 from .backends import choose
-from .chain import Chain, assemble
+from .chain import Chain, Placed, assemble
 from .explain import describe, trace
-from .options import BACKENDS, IN_GROUPS, Number, Range, check_values, split_options
-from .plan import DTYPES, Batch, Plan, Program, compute_dtype
+from .options import BACKENDS, IN_GROUPS, Number, Range, check_values, own_defaults, split_options
+from .plan import DTYPES, Batch, Plan, Program
 from .scalars import plain
 from .transform import Measure
 from .transforms.decay import last_links
@@ -54,7 +54,7 @@ class Optimizer(torch.optim.Optimizer):
         self._plan: Plan | None = None
         self._programs: dict[tuple, Program] = {}
         defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
-        check_values(who, defaults, defaults, self.ranges)
+        check_values(who, defaults, own_defaults(type(self)), self.ranges)
         super().__init__(params, defaults)
 
     def links(self, group: Mapping[str, Any]) -> Chain:
@@ -69,7 +69,7 @@ class Optimizer(torch.optim.Optimizer):
         for name in ("backend", "transforms"):
             if name in param_group:
                 raise ValueError(f"{who}: {name}= belongs to the optimizer, not to a group; give it to {who}(...)")
-        check_values(who, values, self.defaults, self.ranges)
+        check_values(who, values, own_defaults(type(self)), self.ranges)
         built_in = self.links(values)
         for c in (x for whole in (*self.transforms, built_in) for x in whole.walk()):
             for name, value in c.arguments.items():
@@ -97,27 +97,16 @@ class Optimizer(torch.optim.Optimizer):
         """Raise if the group's chain lacks an order, a slot's owner or a scalar."""
         program = self.program(group)
         program.scalars.row(group, dict.fromkeys(program.scalars.counters, 1.0), 1.0)
-        first = self.param_groups[0] if getattr(self, "param_groups", None) else group
-        for piece in program.pieces:
-            if not (isinstance(piece.link, Measure) and piece.link.scope == "all"):
-                continue
+        first = [*getattr(self, "param_groups", ()), group][0]
+        for piece in (x for x in program.pieces if isinstance(x.link, Measure) and x.link.scope == "all"):
             program.scalars.shared(piece, first, 1.0)
-            for key in (f"{piece.chain.name}.{n}" for n in piece.chain.arguments):
-                if plain(group.get(key)) != plain(first.get(key)):
-                    raise ValueError(
-                        f"{type(self).__name__}: {key}={group.get(key)!r} in one group, {first.get(key)!r} in the "
-                        f"first: {piece.label} is over all tensors and has one value; set it alike in every group"
-                    )
+            check_shared(type(self).__name__, piece, [first, group])
 
     def program(self, group: Mapping[str, Any]) -> Program:
         """The checked chain that a group runs."""
         l2, last = last_links(group["decay"], group["weight_decay"])
         made = Program(assemble(self.transforms, self.links(group), l2, last), bool(group["maximize"]))
         return self._programs.setdefault(made.key(), made)
-
-    @staticmethod
-    def slot_dtype(program: Program, name: str, p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-        return program.slot_dtype(name, compute_dtype(p), group)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -138,6 +127,8 @@ class Optimizer(torch.optim.Optimizer):
         plan = self._plan
         if plan is None or not plan.fits(self.state, params, grads, structure):
             plan = self._plan = self._make_plan(params, grads, structure)
+        for ready in plan.schedule:
+            check_shared(type(self).__name__, ready[0][1].measured, self.param_groups)
         for batch in plan.batches:
             batch.bind(grads)  # type: ignore[arg-type]
         first = self.param_groups[0]
@@ -195,7 +186,7 @@ class Optimizer(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p in wanted):
                 state = self.state[p]
                 for name in program.slots:
-                    dtype = self.slot_dtype(program, name, p, group)
+                    dtype = program.slot_dtype(name, p, group)
                     state[name] = laid_out(state.get(name), p, dtype, program.ring_length(name, group), name)
                 if group["rounding"] == "kahan" and p.dtype in (torch.bfloat16, torch.float16):
                     state["compensation"] = laid_out(state.get("compensation"), p, p.dtype, None, "compensation")
@@ -242,6 +233,18 @@ class Optimizer(torch.optim.Optimizer):
     def trace(self, p: Tensor) -> list[tuple[str, Tensor]]:
         """The update of one parameter after each link of the coming step, on cloned state; the last is the new value."""
         return trace(self, p)
+
+
+def check_shared(who: str, piece: Placed, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise if an argument of a measure over all tensors, which has one value, differs between groups."""
+    if len(groups) > 1 and piece.measure.scope == "all":
+        for key in (f"{piece.chain.name}.{n}" for n in piece.chain.arguments):
+            values = [plain(g.get(key)) for g in groups]
+            if values.count(values[0]) < len(values):
+                raise ValueError(
+                    f"{who}: {key} is {values} in the groups: {piece.label} is over all tensors and has one value; "
+                    f"set it alike in every group"
+                )
 
 
 def shape_of(value: Any) -> Any:

@@ -118,12 +118,17 @@ def check_values(
             check_number(who, name, value, allowed)
 
 
+def own_defaults(cls: type) -> dict[str, Any]:
+    """The hyperparameters that the constructors of a class name, with their defaults."""
+    signatures = [inspect.signature(vars(c)["__init__"]) for c in cls.__mro__ if "__init__" in vars(c)]
+    named = {n: p.default for s in reversed(signatures) for n, p in s.parameters.items() if p.kind != p.VAR_KEYWORD}
+    return {n: default for n, default in named.items() if n not in ("self", "params", "chain")}
+
+
 def split_options(optimizer: Any, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options and the class's own hyperparameters, out of a constructor's keywords; anything else is a TypeError."""
     who = type(optimizer).__name__
-    signatures = [inspect.signature(vars(c)["__init__"]) for c in type(optimizer).__mro__ if "__init__" in vars(c)]
-    own = {n for s in signatures for n, p in s.parameters.items() if p.kind != p.VAR_KEYWORD} - {"params", "self"}
-    known = {*Options.__annotations__, *own}
+    known = {*Options.__annotations__, *own_defaults(type(optimizer))}
     for name, value in given.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)

@@ -56,11 +56,10 @@ class Program:
         links = ((id(x.link), x.stage, x.chain.name, x.chain.prefix, id(x.chain.derive)) for x in self.pieces)
         return (*links, self.maximize)
 
-    def slot_dtype(self, name: str, compute: torch.dtype, group: Mapping[str, Any]) -> torch.dtype:
-        declared = self.slots[name].dtype
-        if declared is None:
-            return group["state_dtype"] or compute
-        return compute if declared == torch.float32 else declared
+    def slot_dtype(self, name: str, p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+        declared = self.slots[name].dtype or group["state_dtype"]
+        full = declared is None or (declared == torch.float32 and self.slots[name].dtype is not None)
+        return compute_dtype(p) if full else declared
 
     def ring_length(self, name: str, group: Mapping[str, Any]) -> int | None:
         if name not in self.rings:
@@ -95,7 +94,7 @@ class Batch:
         self.dtype, self.device = first.dtype, first.device
         self.compute = compute_dtype(first)
         self.gdtype = (first.grad if first.grad is not None else first).dtype
-        self.slot_dtypes = {n: program.slot_dtype(n, self.compute, options) for n in program.slots}
+        self.slot_dtypes = {n: program.slot_dtype(n, first, options) for n in program.slots}
         self.rounding = options["rounding"] if self.dtype in (torch.bfloat16, torch.float16) else "nearest"
         self.detour = detour(first, self.rounding)
         self.sharded = any(map(sharding.is_sharded, owners))  # a placement that can't be stepped raised by now

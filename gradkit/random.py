@@ -36,7 +36,7 @@ def stochastic_round(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     u = x.view(torch.int32)
     a, bits = u & 0x7FFFFFFF, bits.to(torch.int32)  # the magnitude's bits: rounding knows no sign
     if dtype == torch.bfloat16:
-        near = (a + torch.where(a < 0x7F800000, bits & 0xFFFF, 0)) >> 16
+        near = (a + (bits & 0xFFFF)) >> 16
         nan = 0x7FC0
     elif dtype == torch.float16:
         normal = (a - (112 << 23) + (bits & 0x1FFF)) >> 13

@@ -52,7 +52,7 @@ class Scalars:
         made = {x.chain: derived(x, group, counters, clock) for x in self.derived}
         cells = []
         for piece, name in self.rows:
-            mine = made.get(piece.chain, {})
+            mine = {} if name in counters else made.get(piece.chain, {})
             cells.append(number(piece, name, mine[name] if name in mine else look(piece, name, group, counters, clock)))
         return cells, {c: float(d[c]) for d in made.values() for c in self.counters if c in d}
 

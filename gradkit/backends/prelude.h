@@ -102,7 +102,7 @@ FN fp16 store_fp16(T x) {
 
 FN bf16 stochastic_bf16(T x, uint32_t random) {
   uint32_t u = bits_of((float)x), a = u & 0x7fffffffu;
-  uint32_t near = (a + (a < 0x7f800000u ? random & 0xffffu : 0u)) >> 16;
+  uint32_t near = (a + (random & 0xffffu)) >> 16;
   bf16 r = {(uint16_t)(x != x ? 0x7fc0u : near | (u >> 16 & 0x8000u))};
   return r;
 }
