@@ -78,7 +78,7 @@ class Placed(NamedTuple):
         return self.chain.prefix + self.link.name
 
 
-def chain(*links: "Rule | Measure | Chain", derive: Derive | None = None, name: str = "", **arguments: Any) -> Chain:
+def chain(*links: Any, derive: Derive | None = None, name: str = "", **arguments: Any) -> Chain:
     """Links in order; their scalars come from counters, `derive`, measures before them, `arguments`, and the group."""
     for x in links:
         if not isinstance(x, Rule | Measure | Chain):

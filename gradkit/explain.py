@@ -23,17 +23,22 @@ def describe(optimizer: "Optimizer") -> str:
         backend, why = choose(optimizer.backend, batch)
         passes = batch.program.passes
         numel = sum(sharding.local(p).numel() for p in batch.owners)
-        dtypes = " ".join(str(d).removeprefix("torch.") for d in (batch.dtype, batch.gdtype))
-        lines.append(f"{len(batch.owners)} tensors, {numel} elements{' on this rank' * batch.sharded}, parameter and gradient {dtypes}, {batch.device}")
+        dtypes = f"parameters {short(batch.dtype)}, gradients {short(batch.gdtype)}"
+        here = " on this rank" if batch.sharded else ""
+        lines.append(f"{len(batch.owners)} tensors, {numel} elements{here}: {dtypes} on {batch.device}")
         lines.append("  chain: " + " -> ".join(x.label for x in batch.program.pieces))
         lines += [f"  pass {k}: {one_pass(batch, ps)}" for k, ps in enumerate(passes, 1)]
         count = len(passes) if backend.name == "native" else f"{len(batch.owners)} x {len(passes)} eager"
         lines.append(f"  launches: {count}; {sum(map(batch.bytes, passes))} bytes an element")
-        slots = ", ".join(f"{n} {str(d).removeprefix('torch.')}" for n, d in batch.slot_dtypes.items())
+        slots = ", ".join(f"{n} {short(d)}" for n, d in batch.slot_dtypes.items())
         slots += ", compensation" if batch.rounding == "kahan" else ""
         lines.append(f"  state: {slots or 'none'}; {batch.state_bytes()} bytes; write-back {batch.rounding}")
         lines.append(f"  backend: {backend.name} ({why})")
     return "\n".join(lines)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def one_pass(batch: "Batch", ps: "Pass") -> str:
@@ -58,7 +63,7 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
     for batch in plan.batches:
         batch.counters = {n: v.copy() for n, v in batch.counters.items()}
         batch.backend = Eager(batch)
-        batch.bind(grads)  # type: ignore[arg-type]
+        batch.bind(grads)
         batch.begin(clock)
     for ready in plan.schedule:
         plan.measure(ready, optimizer.param_groups[0], clock)

@@ -5,7 +5,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from zlib import crc32
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -75,7 +75,7 @@ class Code:
         text = " ".join((*self.params, *self.statements, *self.returns))
         self.symbol = f"fn_{self.name}_{crc32(text.encode()):08x}"  # two helpers of one name may differ
 
-    def refuse(self, node: ast.AST, what: str, remedy: str) -> Any:
+    def refuse(self, node: ast.AST, what: str, remedy: str) -> NoReturn:
         line = self.first + getattr(node, "lineno", 1) - 1
         raise RuleError(f"{self.file}:{line}: {self.name}: {what} is not in the rule language; {remedy}")
 
@@ -93,7 +93,7 @@ class Code:
             self.refuse(bad, "a body without a final return" if bad is node else self.called(bad), self.remedy(bad))
         for statement in body[:-1]:
             self.assignment(statement)
-        result: Any = body[-1].value  # type: ignore[attr-defined]
+        result: Any = body[-1].value
         for x in result.elts if isinstance(result, ast.Tuple) else [result]:
             kind, c = self.number(x)
             if kind != "value" and not self.scalar_math:
@@ -102,7 +102,7 @@ class Code:
 
     def assignment(self, s: ast.stmt) -> None:
         if not (isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name)):
-            return self.refuse(s, self.called(s), self.remedy(s))
+            self.refuse(s, self.called(s), self.remedy(s))
         kind, c = self.expression(s.value)
         name = s.targets[0].id
         before = self.kinds.get(name)
@@ -174,7 +174,7 @@ class Code:
         (left, a), (right, b) = self.number(n.left), self.number(n.right)
         return self.varying(n, [left, right]), f"({a} {ARITHMETIC[type(n.op)]} {b})"
 
-    def on_boolop(self, n: ast.BoolOp) -> Any:
+    def on_boolop(self, n: ast.BoolOp) -> NoReturn:
         self.refuse(n, f"`{type(n.op).__name__.lower()}`", REMEDY[type(n.op)])
 
     def on_compare(self, n: ast.Compare) -> tuple[str, str]:

@@ -40,12 +40,14 @@ def check(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
         return
     for n, (p, _, saved) in enumerate(pairs(optimizer, state_dict)):
         for name, value in saved.items():
-            if isinstance(value, Tensor) and value.dim() and sharding.is_sharded(value) != sharding.is_sharded(p):
+            if not isinstance(value, Tensor) or not value.dim():
+                continue
+            if sharding.is_sharded(value) != sharding.is_sharded(p):
                 raise ValueError(
-                    f"{who}.load_state_dict: {name!r} of parameter {n} and the parameter must both be sharded or plain; "
-                    f"use torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                    f"{who}.load_state_dict: {name!r} of parameter {n} and the parameter must both be sharded or "
+                    f"plain; use torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
                 )
-            if isinstance(value, Tensor) and value.dim() and value.shape not in (p.shape, value.shape[:1] + p.shape):
+            if value.shape not in (p.shape, value.shape[:1] + p.shape):
                 raise ValueError(
                     f"{who}.load_state_dict: {name!r} of parameter {n} has shape {tuple(value.shape)}, the parameter "
                     f"{tuple(p.shape)}; load a state dict that was saved for this model"

@@ -88,8 +88,8 @@ class Optimizer(torch.optim.Optimizer):
         for p in params:
             tensor = p[1] if isinstance(p, tuple) else p
             if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES:
-                remedy = "use torch.view_as_real" if tensor.is_complex() else f"use one of {', '.join(map(str, DTYPES))}"
-                raise TypeError(f"{who}: a parameter of dtype {tensor.dtype} is not supported: {remedy}")
+                use = "torch.view_as_real" if tensor.is_complex() else f"one of {', '.join(map(str, DTYPES))}"
+                raise TypeError(f"{who}: a parameter of dtype {tensor.dtype} is not supported: use {use}")
         super().add_param_group(param_group)
         self._plan = None
 
@@ -108,7 +108,7 @@ class Optimizer(torch.optim.Optimizer):
         made = Program(assemble(self.transforms, self.links(group), l2, last), bool(group["maximize"]))
         return self._programs.setdefault(made.key(), made)
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # traced, the host's table would be baked in
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, for the parameters that have a gradient; without any it does nothing.
@@ -130,7 +130,7 @@ class Optimizer(torch.optim.Optimizer):
         for ready in plan.schedule:
             check_shared(type(self).__name__, ready[0][1].measured, self.param_groups)
         for batch in plan.batches:
-            batch.bind(grads)  # type: ignore[arg-type]
+            batch.bind(grads)
         first = self.param_groups[0]
         first["clock"] += 1
         clock = float(first["clock"])
@@ -155,8 +155,8 @@ class Optimizer(torch.optim.Optimizer):
                 if not active[i]:
                     continue
                 one = Batch(program, [p], [i], [n], self.param_groups)
-                key = (id(program), one.device, one.dtype, one.gdtype, one.rounding, one.detour)
-                key += tuple(one.slot_dtypes.values())
+                dtypes = (one.dtype, one.gdtype, *one.slot_dtypes.values())
+                key = (id(program), one.device, one.rounding, one.detour, *dtypes)
                 _, owners, index, group_of = members.setdefault(key, (program, [], [], []))
                 owners.append(p)
                 index.append(i)
@@ -173,7 +173,7 @@ class Optimizer(torch.optim.Optimizer):
         batches = self.batches(params, [g is not None for g in grads])
         plan = Plan(batches, params, grads, structure)
         for batch in batches:
-            batch.backend, batch.why = choose(self.backend, batch)
+            batch.backend, _ = choose(self.backend, batch)
         self._make_state({p for p, g in zip(params, grads, strict=True) if p.requires_grad or g is not None})
         for batch in batches:
             batch.attach(self.state)
@@ -231,7 +231,7 @@ class Optimizer(torch.optim.Optimizer):
         return describe(self)
 
     def trace(self, p: Tensor) -> list[tuple[str, Tensor]]:
-        """The update of one parameter after each link of the coming step, on cloned state; the last is the new value."""
+        """One parameter's update after each link of the coming step, on cloned state; the last is its new value."""
         return trace(self, p)
 
 

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,52 +45,34 @@ TORCH_FLAGS = ("fused", "foreach", "capturable", "differentiable")
 
 
 class Range(NamedTuple):
-    """Where a number may lie; NaN lies nowhere."""
+    """Where a number may lie (NaN lies nowhere), in words and as a test."""
 
-    low: float
-    high: float = math.inf
-    low_open: bool = False
-    high_open: bool = False
-    whole: bool = False
+    words: str
+    holds: Callable[[float], bool]
     optional: bool = False
 
-    def holds(self, x: float) -> bool:
-        above = self.low < x if self.low_open else self.low <= x
-        below = x < self.high if self.high_open else x <= self.high
-        return above and below and (not self.whole or float(x).is_integer())
 
-    def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
-        left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
-        return f"{kind} in {left}{self.low:g}, {self.high:g}{right}" + (" or None" if self.optional else "")
-
-
-NOT_NEGATIVE = Range(0.0, high_open=True)
-POSITIVE = Range(0.0, low_open=True, high_open=True)
-FRACTION = Range(0.0, 1.0, high_open=True)
-LIMIT = Range(0.0, low_open=True)  # infinity turns it off
-STEPS = Range(1, whole=True, high_open=True)
-RANGES: Mapping[str, Range] = {
-    "lr": NOT_NEGATIVE,
-    "weight_decay": NOT_NEGATIVE,
-    "eps": POSITIVE,
-    "betas": FRACTION,
-    "seed": Range(0, 2**32 - 1, whole=True),
-}
+NOT_NEGATIVE = Range("a number >= 0", lambda x: 0 <= x < math.inf)
+POSITIVE = Range("a number > 0", lambda x: 0 < x < math.inf)
+LIMIT = Range("a number > 0", lambda x: x > 0)  # infinity turns it off
+FRACTION = Range("a number in [0, 1)", lambda x: 0 <= x < 1)
+STEPS = Range("a whole number >= 1", lambda x: 1 <= x < math.inf and x == int(x))
+SEED = Range("a whole number in [0, 2**32)", lambda x: 0 <= x < 2**32 and x == int(x))
+RANGES = {"lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "eps": POSITIVE, "betas": FRACTION, "seed": SEED}
 
 
 def check_number(who: str, name: str, value: Any, allowed: Range) -> None:
     """Raise if a hyperparameter isn't a number of its range."""
     if value is None and allowed.optional:
         return
-    shown = f"{who}: {name}={value!r}"
+    shown, words = f"{who}: {name}={value!r}", allowed.words + " or None" * allowed.optional
     if isinstance(value, torch.Tensor):
         if value.dim() or value.is_cuda:
             raise TypeError(f"{shown}: a tensor hyperparameter is 0-d and lives on the CPU; use tensor.cpu()[...]")
     elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{shown}: give {allowed}")
+        raise TypeError(f"{shown}: give {words}")
     if not allowed.holds(float(value)):
-        raise ValueError(f"{shown}: give {allowed}")
+        raise ValueError(f"{shown}: give {words}")
 
 
 def check_values(
@@ -112,8 +94,8 @@ def check_values(
             wanted = len(defaults[name])
             if not isinstance(value, tuple | list) or len(value) != wanted:
                 raise ValueError(f"{who}: {name}={value!r}: give {wanted} numbers, e.g. {name}={defaults[name]}")
-            for x in value:
-                check_number(who, f"{name}={tuple(value)}: each", x, allowed)
+            for i, x in enumerate(value):
+                check_number(who, f"{name}[{i}]", x, allowed)
         else:
             check_number(who, name, value, allowed)
 

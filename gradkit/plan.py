@@ -46,7 +46,7 @@ class Program:
         self.rings = {name: piece for name, (piece, slot) in owners.items() if slot.kind == "ring"}
         for name, piece in self.rings.items():
             if piece.chain.derive is None or "step" not in piece.chain.derive.counters:
-                raise ValueError(f"{piece.label}: the ring {name!r} needs @derive('step') on its chain for its position")
+                raise ValueError(f"{piece.label}: the ring {name!r} needs @derive('step', ...) on its chain")
         ends = [i for i, x in enumerate(pieces) if isinstance(x.link, Measure)] + [len(pieces)]
         self.passes = [Pass(pieces, end) for end in ends]
         self.no_source = next((x.link.code.no_source for x in pieces if x.link.code.no_source), "")
@@ -163,6 +163,7 @@ class Batch:
             sets.append(set_)
         self.table64 = np.array(cells, np.float64).reshape(len(cells), -1)
         self.table = self.table64 if self.compute == torch.float64 else self.table64.astype(np.float32)
+        self.rows = torch.from_numpy(self.table).to(self.device, non_blocking=True)
         if self.program.rings:
             self.positions = (vectors["step"] - 1).astype(np.int64)
         for r, set_ in enumerate(sets):

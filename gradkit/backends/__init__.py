@@ -6,6 +6,8 @@ from .chunked import Chunked
 from .eager import Eager
 from .native import Native, why_not
 
+__all__ = ["Chunked", "Eager", "Native", "choose"]
+
 if TYPE_CHECKING:
     from ..plan import Batch
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 def choose(asked: str, batch: "Batch") -> tuple[Eager | Native, str]:
     """The backend of a batch, and why; one that the user named and that can't run raises."""
     if asked == "triton":
-        where = "needs a GPU and these parameters are" if batch.device.type == "cpu" else "isn't built yet for parameters"
+        where = "needs a GPU, and these are" if batch.device.type == "cpu" else "is not in this version for parameters"
         raise RuntimeError(f"backend='triton' {where} on {batch.device}; use backend='auto'")
     if batch.detour:
         return Eager(batch), batch.detour

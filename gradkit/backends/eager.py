@@ -52,9 +52,8 @@ class Eager:
     def parts(self, ps: "Pass", t: int) -> Iterator[Part]:
         b = self.batch
         kept = b.slots["compensation"][t] if b.rounding == "kahan" else None
-        row = torch.from_numpy(b.table)[int(b.row[t])].to(b.device)
         slots = {n: b.entry(n, t) for n in ps.slots}
-        yield Part(b.params[t], b.grads[t], slots, kept, row, b.measured[t], b.logical[t])
+        yield Part(b.params[t], b.grads[t], slots, kept, b.rows[b.row[t]], b.measured[t], b.logical[t])
 
     def walk(self, ps: "Pass", part: Part, note: Callable[[str, Tensor], None] | None = None) -> dict[str, Tensor]:
         """Run the rules of a pass on one part -> u, p, g and the new slots, in the arithmetic type."""

@@ -85,11 +85,9 @@ class Compiled:
         if b.rounding == "stochastic":
             self.random[:] = list(zip(b.logical, b.index, [b.groups[g]["seed"] for g in b.group], strict=True))
         self.out = np.zeros((len(self.blocks), len(ps.measure.measure.reduce) if ps.measure else 0))
-        fixed = {"pointers": self.pointers, "blocks": self.blocks, "size": self.size, "random": self.random}
-        fixed["out"] = self.out
         self.job = np.zeros(len(JOB), np.int64)
-        for name, array in fixed.items():
-            self.job[PLACE[name]] = array.ctypes.data
+        for name in ("pointers", "blocks", "size", "random", "out"):
+            self.job[PLACE[name]] = getattr(self, name).ctypes.data
         self.job[PLACE["tensors"]], self.job[PLACE["last"]] = len(b.params), len(self.blocks)
         self.job[PLACE["M"]], self.job[PLACE["measured"]] = b.measured.data_ptr(), b.measured.shape[1]
         self.address = self.job.ctypes.data

@@ -81,7 +81,7 @@ class AdEMAMix(Optimizer):
         beta3_warmup: int | None = None,
         **options: Unpack[Options],
     ):
-        own = {"alpha_warmup": alpha_warmup, "beta3_warmup": beta3_warmup}
+        own: dict[str, Any] = {"alpha_warmup": alpha_warmup, "beta3_warmup": beta3_warmup}
         super().__init__(params, lr=lr, betas=betas, alpha=alpha, eps=eps, weight_decay=weight_decay, **own, **options)
 
     def links(self, group: Any) -> Chain:

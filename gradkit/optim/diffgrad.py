@@ -32,8 +32,8 @@ class DiffGrad(Optimizer):
         m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2        x = sigmoid(|g_before - g|)
         p <- p - lr sqrt(1 - b2^t) / (1 - b1^t) x m / (sqrt(v) + eps)
 
-    The authors' first file let g_before alias g, so that x was 1/2 from the second step on; their published runs had that.
-    `decay` is "l2" as in their code, and g_before then includes it. The friction depends on the gradient's scale:
+    The authors' first file let g_before alias g, so that x was 1/2 from the second step on, in their published runs
+    too. `decay` is "l2" as in their code, and g_before then includes it. The friction depends on the gradient's scale:
     where gradients are tiny, x is 1/2 everywhere.
 
     lr: about the change of every weight per step, before the friction.

@@ -47,7 +47,8 @@ class Grokfast(Optimizer):
         **options: Unpack[Options],
     ):
         options.setdefault("decay", "l2")
-        own = {"filter": filter, "alpha": alpha, "lamb": lamb, "window": window, "mode": mode, "warmup": warmup}
+        own: dict[str, Any] = {"filter": filter, "alpha": alpha, "lamb": lamb, "window": window}
+        own |= {"mode": mode, "warmup": warmup}
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **own, **options)
 
     def links(self, group: Any) -> Chain:

@@ -1,0 +1,67 @@
+# Each target sets up $(VENV) first: torch as TORCH says, then gradkit itself, editable, with the extras that it needs.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+
+python := $(VENV)/bin/python
+pytest := $(python) -m pytest
+install := $(python) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test test-triton lint bench docs mutants evidence clean
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+demo: $(VENV)/with-dev ## train one small model with each optimizer; prints a table, draws demo.png
+	$(python) examples/demo.py
+
+test: $(VENV)/with-dev $(VENV)/with-docs ## all tests
+	$(pytest) tests --ignore=tests/triton
+	$(MAKE) test-triton
+
+# Two processes, since Triton reads TRITON_INTERPRET when it is imported. One that collects nothing fails.
+test-triton: $(VENV)/with-dev ## the rules through Triton, without a GPU: interpreted, then compiled
+ifeq ($(shell uname),Linux)
+	TRITON_INTERPRET=1 $(pytest) tests/triton/test_interpreter.py
+	env -u TRITON_INTERPRET $(pytest) tests/triton/test_compile.py
+else
+	@echo "Triton has wheels for Linux only: nothing is tested here"
+endif
+
+lint: $(VENV)/with-dev ## ruff and mypy
+	$(python) -m ruff check .
+	$(python) -m mypy
+
+bench: $(VENV)/with-bench ## time each optimizer beside torch's and its peers'; writes bench/results
+	$(python) -m bench
+
+docs: $(VENV)/with-docs ## the site, to build/site
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
+
+mutants: $(VENV)/with-dev ## turn off one term after another; each time the tests must fail
+	$(python) -m tests.mutants
+
+evidence: $(VENV)/with-dev ## what the papers claim, at a size for two cores; writes bench/results/evidence.*
+	$(python) -m bench.evidence
+
+clean: ## remove what was built, and the environment
+	rm -rf $(VENV) build dist gradkit.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# What TORCH was the last time: the file changes only when it does.
+$(VENV)/torch.txt: always
+	@mkdir -p $(VENV)
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+$(VENV)/with-torch: $(VENV)/torch.txt
+	$(PYTHON) -m venv $(VENV)
+	$(install) $(TORCH)
+	@touch $@
+
+$(VENV)/with-%: $(VENV)/with-torch pyproject.toml
+	$(install) --editable '.[$*]'
+	@touch $@
+
+.PHONY: always
+.PRECIOUS: $(VENV)/with-%

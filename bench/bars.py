@@ -1,0 +1,76 @@
+"""What a row has to reach; a bar that is missed is printed as such."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from .protocol import ADAMW_BYTES
+from .rows import Row
+from .shapes import GPT2, RESNET50
+
+Results = Mapping[str, Mapping[str, Any]]  # of each row by its name; of a row: its parts by shape
+MODELS = (RESNET50, GPT2)
+
+
+class Bar(NamedTuple):
+    """A limit, and what was measured; nothing measured is a miss."""
+
+    what: str
+    limit: float
+    value: float | None
+
+    @property
+    def verdict(self) -> str:
+        return "ok" if self.value is not None and self.value <= self.limit else "MISS"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"what": self.what, "limit": self.limit, "value": self.value, "verdict": self.verdict}
+
+
+def ratio_limit(row: Row) -> float:
+    """Of the time of torch's fused AdamW: as much as the bytes allow, and a tenth."""
+    return 1.0 if row.algorithm == "AdamW" else 1.1 * row.bytes / ADAMW_BYTES
+
+
+def value(results: Results, name: str, part: str, key: str) -> float | None:
+    return results.get(name, {}).get(part, {}).get(key)
+
+
+def bars(row: Row, rows: Mapping[str, Row], results: Results) -> list[Bar]:
+    """The bars of a row, with what it reached."""
+    if row.limits == "native":
+        return [*native(row, results), *faster_than_peers(row, rows, results)]
+    if row.limits == "chunked":
+        return [
+            Bar(f"{m.title}: of torch foreach's time", 0.5, others(row, results, m.key, "torch AdamW foreach"))
+            for m in MODELS
+        ]
+    return []
+
+
+def others(row: Row, results: Results, part: str, name: str) -> float | None:
+    return results.get(row.name, {}).get(part, {}).get("others", {}).get(name)
+
+
+def native(row: Row, results: Results) -> Iterator[Bar]:
+    for m in MODELS:
+        yield Bar(f"{m.title}: ratio to fused", ratio_limit(row), value(results, row.name, m.key, "ratio"))
+    for m in MODELS:
+        yield Bar(f"{m.title}: extra memory, MiB", 16.0, value(results, row.name, m.key, "extra_mib"))
+    yield Bar("start-up, s", 0.5, value(results, row.name, RESNET50.key, "startup_s"))
+    yield Bar("MLP: of torch default's time", 1.0, value(results, row.name, "mlp", "ratio"))
+    yield Bar("host work, us", 200.0, value(results, row.name, "host", "us"))
+    yield Bar("host work, gradients moved, us", 300.0, value(results, row.name, "host", "moved_us"))
+
+
+def faster_than_peers(row: Row, rows: Mapping[str, Row], results: Results) -> Iterator[Bar]:
+    """As fast as the fastest other package's version of the same algorithm; each ratio is from its own run."""
+    for m in MODELS:
+        times = {
+            peer.name: ratio
+            for peer in rows.values()
+            if peer.package not in ("gradkit", "torch") and peer.algorithm == row.algorithm
+            if (ratio := value(results, peer.name, m.key, "ratio")) is not None
+        }
+        if times:
+            fastest = min(times, key=lambda name: times[name])
+            yield Bar(f"{m.title}: ratio of {fastest}", times[fastest], value(results, row.name, m.key, "ratio"))

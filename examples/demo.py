@@ -1,0 +1,213 @@
+"""Four of our optimizers and torch's AdamW train the same small language model, side by side; about two minutes.
+
+    python examples/demo.py [--steps 1000] [--out demo.png]
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import language_model
+import text
+import torch
+
+import gradkit
+
+SEED = 0
+Params = list[torch.nn.Parameter]
+
+
+@dataclass
+class Entry:
+    """One optimizer: how it is made, how it is drawn, and what came out."""
+
+    name: str
+    settings: str
+    make: Callable[[Params, int], torch.optim.Optimizer]
+    color: str
+    line: str = "-"
+    losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    step_ms: float = math.nan
+    state_bytes: int = 0
+
+
+def entries() -> list[Entry]:
+    """Each with the best of three learning rates, a factor of two apart, as tried on this text, model and length."""
+    decay, betas = 0.1, (0.9, 0.99)
+
+    def torch_adamw(params: Params, steps: int) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=1.2e-2, betas=betas, weight_decay=decay)
+
+    def adamw(params: Params, steps: int) -> torch.optim.Optimizer:
+        return gradkit.AdamW(params, lr=1.2e-2, betas=betas, weight_decay=decay)
+
+    def ademamix(params: Params, steps: int) -> torch.optim.Optimizer:
+        # A beta3 of 0.9999 averages over 10,000 steps, of which this run has a tenth: 0.99 fits its length. alpha and
+        # beta3 grow to their values over the run, as in the paper.
+        warmups = {"alpha_warmup": steps, "beta3_warmup": steps}
+        return gradkit.AdEMAMix(params, 3e-3, (*betas, 0.99), alpha=5.0, weight_decay=decay, **warmups)
+
+    def diffgrad(params: Params, steps: int) -> torch.optim.Optimizer:
+        # Its default decay is the authors' L2; decoupled as for the others here.
+        return gradkit.DiffGrad(params, lr=2.4e-2, betas=betas, weight_decay=decay, decay="decoupled")
+
+    def lion(params: Params, steps: int) -> torch.optim.Optimizer:
+        # The paper's betas for language, and a larger weight_decay for its smaller lr: decay moves by their product.
+        return gradkit.Lion(params, lr=1e-3, betas=(0.95, 0.98), weight_decay=3 * decay)
+
+    return [
+        Entry("torch.optim.AdamW", "lr 1.2e-2", torch_adamw, "#222222", "--"),
+        Entry("AdamW", "lr 1.2e-2", adamw, "#1f77b4"),
+        Entry("AdEMAMix", "lr 3e-3", ademamix, "#d62728"),
+        Entry("DiffGrad", "lr 2.4e-2", diffgrad, "#2ca02c"),
+        Entry("Lion", "lr 1e-3", lion, "#ff7f0e"),
+    ]
+
+
+class Progress:
+    """A bar on a terminal; a line at each quarter where the output goes to a file."""
+
+    def __init__(self, name: str, steps: int):
+        self.name, self.steps, self.started, self.drawn = name, steps, time.perf_counter(), 0.0
+
+    def show(self, done: int, loss: float) -> None:
+        now, last = time.perf_counter(), done == self.steps
+        line = f"{self.name:<18} {done:>5}/{self.steps}  loss {loss:.3f}  {now - self.started:4.0f} s"
+        if not sys.stdout.isatty():
+            if done * 4 // self.steps > (done - 1) * 4 // self.steps:
+                print(line, flush=True)
+        elif last or now - self.drawn > 0.1:
+            self.drawn = now
+            full = 28 * done // self.steps
+            print(f"\r{line}  {'━' * full}{'╌' * (28 - full)}", end="\n" if last else "", flush=True)
+
+
+def schedule(steps: int) -> Callable[[int], float]:
+    """The factor on lr at a step: up over the first twentieth, then down along a cosine to a tenth."""
+    warmup = max(1, steps // 20)
+    return lambda n: min((n + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * n / steps))
+
+
+def train(entry: Entry, corpus: language_model.Corpus, steps: int) -> language_model.LanguageModel:
+    """The same first weights and the same batches for each entry."""
+    model = language_model.build(len(corpus.alphabet), SEED)
+    optimizer = entry.make(list(model.parameters()), steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps))
+    progress, times = Progress(entry.name, steps), []
+    for n, (x, y) in enumerate(corpus.batches(steps, SEED), 1):
+        loss = language_model.cross_entropy(model(x), y)
+        loss.backward()
+        start = time.perf_counter()
+        optimizer.step()
+        times.append(time.perf_counter() - start)
+        scheduler.step()
+        optimizer.zero_grad()
+        entry.losses.append(loss.item())
+        if n % max(100, steps // 10) == 0 or n == steps:
+            entry.held_out.append((n, corpus.held_out_loss(model)))
+        progress.show(n, sum(entry.losses[-20:]) / len(entry.losses[-20:]))
+    entry.step_ms = 1000 * median(times)
+    slots = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    entry.state_bytes = sum(slot.numel() * slot.element_size() for slot in slots)
+    return model
+
+
+def tail(losses: list[float]) -> float:
+    """Mean loss of the last twentieth of the run: that of one batch jumps about."""
+    last = losses[-max(1, len(losses) // 20) :]
+    return sum(last) / len(last)
+
+
+def print_table(results: list[Entry]) -> None:
+    print(f"\n{'optimizer':<18} {'settings':<10} {'train':>7} {'held out':>9} {'step, ms':>9} {'state, bytes':>13}")
+    for e in results:
+        print(
+            f"{e.name:<18} {e.settings:<10} {tail(e.losses):>7.3f} {e.held_out[-1][1]:>9.3f} "
+            f"{e.step_ms:>9.3f} {e.state_bytes:>13,}"
+        )
+
+
+def print_remarks(results: list[Entry], pair_loss: float) -> None:
+    """What the table shows and what it doesn't."""
+    end = {e.name: e.held_out[-1][1] for e in results}
+    gap = {name: f"{loss - end['torch.optim.AdamW']:+.3f}" for name, loss in end.items()}
+    print(
+        f"""
+Losses in nats a character; counting pairs of characters reaches {pair_loss:.3f}. The step is the optimizer's alone.
+In brackets: held-out loss less that of torch.optim.AdamW.
+AdamW    ({gap["AdamW"]}) computes what torch's does; the rounding differs, and training amplifies that.
+AdEMAMix ({gap["AdEMAMix"]}) adds a slow momentum; its beta3 has to fit the length of the run.
+DiffGrad ({gap["DiffGrad"]}) halves the step where a gradient hardly changes. These gradients are so small that this is
+         everywhere: AdamW at half the lr, so its best lr is twice as large.
+Lion     ({gap["Lion"]}) is made for large batches: its paper finds 4096 best for it, 256 for AdamW. At
+         {language_model.BATCH}, as here, it loses to AdamW. It keeps half of AdamW's state.
+One seed of one small model: it shows that they run side by side, not which to use for yours."""
+    )
+
+
+def smooth(losses: list[float], keep: float) -> list[float]:
+    """A running mean that forgets, corrected for its start at zero."""
+    mean, curve = 0.0, []
+    for n, loss in enumerate(losses, 1):
+        mean = keep * mean + (1 - keep) * loss
+        curve.append(mean / (1 - keep**n))
+    return curve
+
+
+def draw(results: list[Entry], pair_loss: float, out: Path) -> str:
+    """The loss curves; returns what to tell the user."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no picture: matplotlib is missing (pip install 'gradkit[plot]')"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps = len(results[0].losses)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(3, 2), layout="constrained")
+    for e in results:
+        curve = smooth(e.losses, 1 - min(1.0, 40 / steps))
+        left.plot(range(1, steps + 1), curve, e.line, color=e.color, label=f"{e.name}, {e.settings}", zorder=3)
+        late = [point for point in e.held_out if point[0] > 0.4 * steps]
+        right.plot(*zip(*late, strict=True), e.line, color=e.color, marker="o", markersize=4, zorder=3)
+        right.annotate(e.name, late[-1], (6, 0), textcoords="offset points", color=e.color, va="center", fontsize=8)
+    left.axhline(pair_loss, color="#999999", linewidth=1, linestyle=":")
+    left.text(steps, pair_loss, "counting pairs of characters", color="#777777", ha="right", va="bottom", fontsize=9)
+    left.set(xlabel="step", ylabel="loss, nats a character", title="training loss, smoothed")
+    left.legend(frameon=False)
+    right.set(xlabel="step", title="held-out loss, second half of the run")
+    right.margins(x=0.25)
+    for axes in (left, right):
+        axes.grid(color="#eeeeee")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("A small character language model: same weights, batches, schedule and steps for each optimizer")
+    figure.savefig(out, dpi=120)
+    return f"picture: {out.resolve()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1000, help="training steps for each optimizer (1000)")
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="where the picture goes (demo.png)")
+    options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: at least 1")
+    corpus, results = language_model.Corpus(text.load()), entries()
+    for entry in results:
+        model = train(entry, corpus, options.steps)
+        if entry.name == "AdEMAMix":
+            sample = language_model.write(model, corpus, "The ", 150, SEED)
+    print_table(results)
+    print_remarks(results, corpus.pair_loss())
+    print(f"\nThe model that AdEMAMix trained writes:\n  {' '.join(sample.split())}\n")
+    print(draw(results, corpus.pair_loss(), options.out))
+
+
+if __name__ == "__main__":
+    main()

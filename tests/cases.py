@@ -1,0 +1,273 @@
+"""One row for each optimizer and transform: what it is called with, its reference, its goldens, its limit identities."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+import gradkit
+from gradkit import transforms as tx
+from tests.reference import (
+    adamw,
+    ademamix,
+    cautious,
+    clip_by_global_norm,
+    clip_by_norm,
+    clip_by_value,
+    diffgrad,
+    grokfast,
+    grokfast_ema,
+    grokfast_ma,
+    lion,
+    sgd,
+)
+from tests.reference.trajectory import Run
+
+BACKENDS = ("eager", "chunked", "native")
+DECAYS = ("decoupled", "l2", "independent", "cautious", "none")
+Links = Mapping[str, Any]  # `direction`, `filters`, `masks` of a reference run
+
+
+@dataclass(frozen=True)
+class Case:
+    """What buys an optimizer or transform all tests."""
+
+    name: str
+    build: Callable[..., gradkit.Optimizer]  # of parameters, arguments and options
+    reference: Callable[..., Links]  # of arguments
+    arguments: Mapping[str, Any]
+    golden: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # file -> arguments that its meta leaves out
+    limits: Sequence[str] = ()  # tests of test_limits.py
+    exact: bool = True  # no sum and no polynomial function: backends agree in every bit
+    coupled: bool = False  # one parameter's gradient changes another's step
+
+    def optimizer(self, params: Iterable[Any], **options: Any) -> gradkit.Optimizer:
+        return self.build(params, **{**self.arguments, **options})
+
+    def run(self, start: Sequence[np.ndarray], dtype: Any = np.float64, **options: Any) -> Run:
+        """The same in the reference."""
+        return Run(start, **self.reference(**self.arguments), dtype=dtype, **options)
+
+
+def sgd_behind(transform: Callable[..., Any]) -> Callable[..., gradkit.Optimizer]:
+    """A transform as the whole optimizer: p <- p - lr transform(g)."""
+
+    def build(params: Iterable[Any], **given: Any) -> gradkit.Optimizer:
+        shared = {**gradkit.Optimizer.__init__.__kwdefaults__, **gradkit.options.Options.__annotations__}
+        own = {k: given.pop(k) for k in list(given) if k not in shared}
+        return gradkit.Optimizer(params, gradkit.chain(transform(**own)), **given)
+
+    return build
+
+
+def cautious_adamw(params: Iterable[Any], **given: Any) -> gradkit.Optimizer:
+    return gradkit.AdamW(params, transforms=[tx.cautious()], **given)
+
+
+def plain_sgd(params: Iterable[Any], **given: Any) -> gradkit.Optimizer:
+    return gradkit.Optimizer(params, gradkit.chain(), **given)
+
+
+def direction(function: Callable[..., Any]) -> Callable[..., Links]:
+    return lambda **arguments: {"direction": partial(function, **arguments)}
+
+
+def filtered(function: Callable[..., Any]) -> Callable[..., Links]:
+    return lambda **arguments: {"direction": sgd.direction, "filters": (partial(function, **arguments),)}
+
+
+def filtered_adam(betas: Any = (0.9, 0.98), eps: float = 1e-8, **own: Any) -> Links:
+    return {"direction": partial(adamw.direction, betas=betas, eps=eps), "filters": grokfast.links(**own)}
+
+
+def masked_adam(**arguments: Any) -> Links:
+    return {"direction": partial(adamw.direction, **arguments), "masks": (cautious.masked,)}
+
+
+BETAS = {"betas": (0.8, 0.95)}
+ADAM = {**BETAS, "eps": 1e-3}  # an eps that shows
+MIX = {"betas": (0.8, 0.95, 0.99), "eps": 1e-3, "alpha": 3.0}
+
+CASES = (
+    Case(
+        "adamw",
+        gradkit.AdamW,
+        direction(adamw.direction),
+        ADAM,
+        limits=("test_adamw_with_a_tiny_eps_ignores_the_gradients_scale",),
+    ),
+    Case(
+        "adamw_amsgrad",
+        gradkit.AdamW,
+        direction(adamw.direction),
+        {**ADAM, "amsgrad": True},
+        limits=("test_amsgrad_under_growing_gradients_is_adamw",),
+    ),
+    Case(
+        "lion",
+        gradkit.Lion,
+        direction(lion.direction),
+        BETAS,
+        golden={"lion__default": {}, "lion__wd": {}},
+        limits=("test_lion_moves_every_weight_by_lr", "test_lion_ignores_the_gradients_scale"),
+    ),
+    Case(
+        "diffgrad",
+        gradkit.DiffGrad,
+        direction(diffgrad.direction),
+        ADAM,
+        golden={"diffgrad__v2_default": {}, "diffgrad__v2_wd_l2": {"decay": "l2"}},
+        limits=("test_diffgrad_under_a_constant_gradient_is_adam_at_half_the_lr",),
+        exact=False,
+    ),
+    Case(
+        "ademamix",
+        gradkit.AdEMAMix,
+        direction(ademamix.direction),
+        MIX,
+        golden={"ademamix__default": {"alpha": 2.0}},
+        limits=("test_ademamix_without_alpha_is_adamw",),
+    ),
+    Case(
+        "ademamix_warmups",
+        gradkit.AdEMAMix,
+        direction(ademamix.direction),
+        {**MIX, "alpha_warmup": 4, "beta3_warmup": 6},
+        golden={"ademamix__warmups_wd": {}},
+        limits=("test_ademamix_without_alpha_is_adamw",),
+    ),
+    Case(
+        "ademamix_without_fast",
+        gradkit.AdEMAMix,
+        direction(ademamix.direction),
+        {**MIX, "betas": (0.0, 0.95, 0.99)},
+        golden={"ademamix__beta1_zero": {}},
+        limits=("test_ademamix_without_beta1_has_no_fast_momentum",),
+    ),
+    Case(
+        "grokfast_adam",
+        gradkit.Grokfast,
+        filtered_adam,
+        {**ADAM, "alpha": 0.7, "lamb": 1.5},
+        limits=("test_grokfast_without_lamb_is_adamw_with_l2",),
+    ),
+    Case(
+        "grokfast_adam_window",
+        gradkit.Grokfast,
+        filtered_adam,
+        {**ADAM, "filter": "ma", "window": 3, "lamb": 1.5},
+        limits=("test_grokfast_without_lamb_is_adamw_with_l2",),
+    ),
+    Case(
+        "grokfast_ema",
+        sgd_behind(tx.grokfast_ema),
+        filtered(grokfast_ema.filtered),
+        {"alpha": 0.7, "lamb": 1.5},
+        golden={"grokfast__ema_default_sgd": {}},
+        limits=("test_a_filter_without_lamb_is_sgd",),
+    ),
+    Case(
+        "grokfast_ema_from_zero",
+        sgd_behind(tx.grokfast_ema),
+        filtered(grokfast_ema.filtered),
+        {"alpha": 0.7, "lamb": 1.5, "init": "zero"},
+        limits=("test_a_filter_without_lamb_is_sgd",),
+    ),
+    Case(
+        "grokfast_ma",
+        sgd_behind(tx.grokfast_ma),
+        filtered(grokfast_ma.filtered),
+        {"window": 3, "lamb": 1.5},
+        golden={"grokfast__ma_mean_warmup": {}},
+        limits=("test_a_filter_without_lamb_is_sgd",),
+    ),
+    Case(
+        "grokfast_ma_sum",
+        sgd_behind(tx.grokfast_ma),
+        filtered(grokfast_ma.filtered),
+        {"window": 3, "lamb": 1.5, "mode": "sum", "warmup": False},
+        limits=("test_a_filter_without_lamb_is_sgd",),
+    ),
+    Case(
+        "grokfast_ma_running",
+        sgd_behind(tx.grokfast_ma),
+        filtered(grokfast_ma.filtered),
+        {"window": 4, "lamb": 1.5, "warmup": False},
+        limits=("test_a_filter_without_lamb_is_sgd",),
+    ),
+    *(
+        Case(
+            f"clip_by_global_norm_{norm_type}",
+            sgd_behind(tx.clip_by_global_norm),
+            filtered(clip_by_global_norm.filtered),
+            {"max_norm": max_norm, "norm_type": norm_type},
+            golden=golden,
+            limits=("test_a_clip_that_is_never_reached_is_no_clip",),
+            exact=False,
+            coupled=True,
+        )
+        for norm_type, max_norm, golden in (
+            (1, 30.0, {}),
+            (2, 5.0, {"tx_clip_norm__l2_clip": {}}),
+            (float("inf"), 1.5, {"tx_clip_norm__linf": {}}),
+        )
+    ),
+    Case(
+        "clip_by_norm",
+        sgd_behind(tx.clip_by_norm),
+        filtered(clip_by_norm.filtered),
+        {"max_norm": 3.0},
+        limits=("test_a_clip_that_is_never_reached_is_no_clip",),
+        exact=False,
+    ),
+    Case(
+        "clip_by_value",
+        sgd_behind(tx.clip_by_value),
+        filtered(clip_by_value.filtered),
+        {"limit": 0.7},
+        limits=("test_a_clip_that_is_never_reached_is_no_clip",),
+    ),
+    Case(
+        "cautious",
+        cautious_adamw,
+        masked_adam,
+        ADAM,
+        limits=("test_cautious_keeps_an_update_that_agrees_everywhere",),
+        exact=False,
+    ),
+    Case("sgd", plain_sgd, direction(sgd.direction), {}, limits=("test_an_empty_chain_is_sgd",)),
+)
+BY_NAME = {case.name: case for case in CASES}
+
+
+def ran_on(optimizer: gradkit.Optimizer) -> set[str]:
+    """The backends that explain() names, one for each batch."""
+    lines = [x.split() for x in optimizer.explain().splitlines() if x.strip().startswith("backend:")]
+    assert lines, "explain() names no backend"
+    return {words[1] for words in lines}
+
+
+def replay(
+    optimizer: gradkit.Optimizer,
+    params: Sequence[torch.Tensor],
+    gradients: Sequence[Sequence[Any]],
+    lrs: Sequence[float] | None = None,
+    backend: str | None = None,
+) -> list[list[torch.Tensor]]:
+    """Run the optimizer on given gradients -> for each parameter its values, the start first."""
+    seen = [[p.detach().clone()] for p in params]
+    for t, row in enumerate(gradients):
+        for p, g in zip(params, row, strict=True):
+            p.grad = None if g is None else torch.as_tensor(g).to(p.dtype, copy=True)
+        if lrs is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = lrs[t]
+        if backend is not None and t == 0:
+            assert ran_on(optimizer) == {backend}
+        optimizer.step()
+        for history, p in zip(seen, params, strict=True):
+            history.append(p.detach().clone())
+    return seen

@@ -1,0 +1,5 @@
+"""The gradient itself."""
+
+
+def direction(g, state):
+    return g

@@ -1,0 +1,33 @@
+"""A whole run: which link acts on what, and in which order."""
+
+import numpy as np
+
+from tests.reference import decay as modes
+
+
+class Run:
+    """Parameters, and a state for each of them and for each link; `filters` see all gradients of a step at once."""
+
+    def __init__(self, start, direction, *, filters=(), masks=(), dtype=np.float64, maximize=False, **decay):
+        self.params = [np.asarray(x, dtype) for x in start]
+        self.direction, self.filters, self.masks = direction, filters, masks
+        self.dtype, self.decay = dtype, {"weight_decay": 0.0, "mode": "none", **decay}
+        self.sign = -1.0 if maximize else 1.0
+        self.states = [[{} for _ in start] for _ in range(len(filters) + 1)]
+
+    def step(self, gradients, lr, lr_ref):
+        """Move the parameters that have a gradient; None leaves one alone, its counts too."""
+        live = [i for i, g in enumerate(gradients) if g is not None]
+        grads = [self.sign * np.asarray(gradients[i], self.dtype) for i in live]
+        flow = grads
+        with np.errstate(all="ignore"):
+            for filtered, states in zip(self.filters, self.states[1:], strict=True):
+                flow = filtered(flow, [states[i] for i in live])
+            l2 = {k: self.decay[k] for k in ("weight_decay", "mode")}
+            flow = [modes.into_gradient(u, self.params[i], **l2) for u, i in zip(flow, live, strict=True)]
+            flow = [self.direction(u, self.states[0][i]) for u, i in zip(flow, live, strict=True)]
+            for masked in self.masks:
+                flow = masked(flow, grads)
+            for u, i in zip(flow, live, strict=True):
+                self.params[i] = modes.written(self.params[i], u, lr=lr, lr_ref=lr_ref, **l2).astype(self.dtype)
+        return [p.copy() for p in self.params]

@@ -1,0 +1,226 @@
+"""What has to hold on every rank: each case is one function, run on two ranks that know only their own shards."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import sharded_gradients
+import sharded_units
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from sharded_units import BITS, SUMS, full, line, same, shard
+from sharded_world import RANKS
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+import gradkit
+from gradkit.transforms import cautious, clip_by_global_norm, clip_by_norm, clip_by_value, grokfast_ma
+
+BACKENDS = ("eager", "chunked", "native")
+OPTIMIZERS = {
+    "AdamW": gradkit.AdamW,
+    "Lion": gradkit.Lion,
+    "DiffGrad": gradkit.DiffGrad,
+    "AdEMAMix": gradkit.AdEMAMix,
+    "Grokfast": gradkit.Grokfast,
+    "Grokfast-ma": partial(gradkit.Grokfast, filter="ma", window=2),
+}
+
+
+class Net(nn.Module):
+    """7 rows over two ranks are 4 and 3, 1 row is 1 and none; `idle` never has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 1)
+        self.idle = nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).tanh())
+
+
+class Run:
+    """A model, with a plain 0-d parameter beside it, its optimizer, and what training does to them."""
+
+    def __init__(self, make: Callable, sharded: bool = True, dtype: torch.dtype = torch.float32):
+        self.net, self.scale, self.dtype = Net().to(dtype), nn.Parameter(torch.tensor(1.5, dtype=dtype)), dtype
+        self.whole = nn.ModuleDict({"net": self.net})
+        self.whole.scale = self.scale
+        if sharded:
+            fully_shard(self.net, mesh=line())
+        self.opt = make([{"params": list(self.net.parameters())}, {"params": [self.scale], "lr": 1e-2}])
+
+    def train(self, steps: range) -> None:
+        """The same data on every rank, so that their mean has the bits of one process."""
+        for step in steps:
+            x = torch.randn(6, 5, generator=torch.Generator().manual_seed(step)).to(self.dtype)
+            (self.net(x) * self.scale).square().mean().backward()
+            self.opt.step()
+            self.opt.zero_grad()
+
+    def values(self) -> list[Tensor]:
+        return [full(p.detach()).clone() for p in self.whole.parameters()]
+
+    def slots(self) -> list[Tensor]:
+        state = (self.opt.state[p] for g in self.opt.param_groups for p in g["params"])
+        return [s[name] for s in state for name in sorted(s)]
+
+    def saved(self, options: StateDictOptions) -> dict:
+        optimizer = get_optimizer_state_dict(self.whole, self.opt, options=options)
+        return {"model": get_model_state_dict(self.whole, options=options), "optimizer": optimizer}
+
+    def load(self, state: dict, options: StateDictOptions) -> None:
+        set_model_state_dict(self.whole, state["model"], options=options)
+        set_optimizer_state_dict(self.whole, self.opt, state["optimizer"], options=options)
+
+
+def agrees_with_one_process(make: Callable, tolerance: dict[str, float], _: Path) -> None:
+    runs = [Run(make), Run(make, sharded=False)]
+    for run in runs:
+        run.train(range(3))
+    same(runs[0].values(), runs[1].values(), tolerance)
+    assert any((a != b).any() for a, b in zip(runs[0].values(), Run(make).values(), strict=True))
+    here = runs[0].scale.detach()
+    there = [torch.zeros_like(here) for _ in range(RANKS)]
+    dist.all_gather(there, here)
+    assert all(torch.equal(here, t) for t in there), "ranks measured different coefficients"
+
+
+def resumes_bitwise(make: Callable, flat: bool, dtype: torch.dtype, folder: Path) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    straight, stopped, resumed = (Run(make, dtype=dtype) for _ in range(3))
+    straight.train(range(5))
+    stopped.train(range(3))
+    dcp.save(stopped.saved(options), checkpoint_id=folder)
+    with torch.no_grad():
+        for p in resumed.whole.parameters():
+            p.add_(1.0)
+    before = resumed.values()
+    state = resumed.saved(options)  # here torch makes a dummy step: zero gradients, lr 0
+    same(before, resumed.values(), BITS)
+    dcp.load(state, checkpoint_id=folder)
+    resumed.load(state, options)
+    assert float(resumed.opt.param_groups[0]["clock"]) == 3.0
+    resumed.train(range(3, 5))
+    assert float(resumed.opt.param_groups[0]["clock"]) == 5.0
+    same(straight.values(), resumed.values(), BITS)
+    for a, b in zip(straight.slots(), resumed.slots(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(full(a), full(b))
+    assert straight.opt.state[straight.net.idle], "a parameter without a gradient has no slots to save"
+
+
+def resumes_bitwise_in_one_process_and_back(_: Path) -> None:
+    options = StateDictOptions(full_state_dict=True)
+    straight, part, alone, back = (Run(gradkit.AdamW, sharded) for sharded in (True, True, False, True))
+    straight.train(range(6))
+    part.train(range(2))
+    alone.load(part.saved(options), options)
+    alone.train(range(2, 4))
+    back.load(alone.saved(options), options)
+    back.train(range(4, 6))
+    same(straight.values(), back.values(), BITS)
+
+
+def takes_over_from_torch(_: Path) -> None:
+    old, new = Run(torch.optim.AdamW), Run(gradkit.AdamW)
+    old.train(range(2))
+    new.opt.load_state_dict(old.opt.state_dict())
+    set_model_state_dict(new.whole, get_model_state_dict(old.whole))
+    for run in (old, new):
+        run.train(range(2, 4))
+    same(old.values(), new.values(), SUMS)
+
+
+def ring_slots_stay_sharded_at_their_dtype(_: Path) -> None:
+    def make() -> tuple[gradkit.Optimizer, nn.Parameter]:
+        p = nn.Parameter(shard(torch.randn(7, 3).bfloat16(), Shard(0)))
+        p.grad = torch.ones_like(p)
+        return gradkit.Grokfast([p], filter="ma", window=3, state_dtype=torch.float32, rounding="kahan"), p
+
+    (old, _p), (new, q) = make(), make()
+    old.step()
+    new.load_state_dict(old.state_dict())
+    new.step()
+    for name, slot in new.state[q].items():
+        if name == "step":
+            continue
+        assert isinstance(slot, DTensor), name
+        ring = name == "grad_ring"
+        assert slot.shape == ((3, 7, 3) if ring else (7, 3)), name
+        assert tuple(slot.placements) == (Shard(1 if ring else 0),), name
+        assert slot.dtype == slot.to_local().dtype == (torch.bfloat16 if name == "compensation" else torch.float32), (
+            name
+        )
+
+
+def writes_back_the_bits_of_one_process(rounding: str, backend: str, _: Path) -> None:
+    torch.manual_seed(3)
+    start = [torch.randn(7, 4).bfloat16(), torch.randn(5, 6).bfloat16(), torch.randn(1).bfloat16()]
+    grads = [[torch.randn_like(t) for t in start] for _ in range(3)]
+    plain = [nn.Parameter(t.clone()) for t in start]
+    split = [nn.Parameter(shard(t, where)) for t, where in zip(start, (Shard(0), Shard(1), Shard(0)), strict=True)]
+    for params in (plain, split):
+        opt = gradkit.AdamW(params, lr=1e-3, rounding=rounding, backend=backend, seed=5)
+        for now in grads:
+            for p, g in zip(params, now, strict=True):
+                p.grad = shard(g, p.placements[0]) if isinstance(p, DTensor) else g.clone()
+            opt.step()
+    same([p.detach() for p in plain], [full(p.detach()) for p in split], BITS)
+    assert not torch.equal(plain[0], start[0])
+
+
+def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
+    sums = {"lr": 1e-2, "transforms": [clip_by_global_norm(0.1), clip_by_norm(0.05), cautious()]}
+    elementwise = {"lr": 1e-2, "transforms": [clip_by_value(0.05), cautious()], "weight_decay": 0.1}
+    largest = {"lr": 1e-2, "transforms": [clip_by_global_norm(0.01, norm_type=float("inf"))]}
+    for backend in BACKENDS:
+        for name, make in OPTIMIZERS.items():
+            for kind, how, tolerance in (("sums", sums, SUMS), ("elementwise", elementwise, BITS)):
+                one = partial(make, **how, backend=backend)
+                yield (
+                    f"agrees_with_one_process {name} {kind} {backend}",
+                    partial(agrees_with_one_process, one, tolerance),
+                )
+        maximum = partial(gradkit.AdamW, **largest, backend=backend)
+        yield f"agrees_with_one_process AdamW largest {backend}", partial(agrees_with_one_process, maximum, BITS)
+        for rounding in ("stochastic", "kahan"):
+            case = partial(writes_back_the_bits_of_one_process, rounding, backend)
+            yield f"writes_back_the_bits_of_one_process {rounding} {backend}", case
+        case = partial(sharded_gradients.rank_without_a_gradient_holds_up_none, backend)
+        yield f"rank_without_a_gradient_holds_up_none {backend}", case
+    ring = {"lr": 1e-2, "transforms": [grokfast_ma(window=2, name="slow"), clip_by_norm(0.1)]}
+    kinds = [("AdamW", False), *((name, True) for name in OPTIMIZERS if name not in ("Lion", "Grokfast"))]
+    for name, flat in kinds:  # Lion and Grokfast have no kind of slot that these lack
+        case = partial(resumes_bitwise, partial(OPTIMIZERS[name], **ring), flat, torch.float32)
+        yield f"resumes_bitwise {name} {'flat' if flat else 'nested'}", case
+    how = {"lr": 1e-2, "weight_decay": 0.1, "decay": "independent", "transforms": [clip_by_global_norm(0.1)]}
+    yield "resumes_bitwise independent", partial(resumes_bitwise, partial(gradkit.AdamW, **how), True, torch.float32)
+    for rounding in ("stochastic", "kahan"):
+        case = partial(resumes_bitwise, partial(gradkit.AdamW, rounding=rounding), True, torch.bfloat16)
+        yield f"resumes_bitwise {rounding}", case
+    for norm_type in (2.0, float("inf")):
+        yield (
+            f"nan_on_one_rank_reaches_all {norm_type}",
+            partial(sharded_gradients.nan_on_one_rank_reaches_all, norm_type),
+        )
+    for law in (
+        resumes_bitwise_in_one_process_and_back,
+        takes_over_from_torch,
+        ring_slots_stay_sharded_at_their_dtype,
+        *sharded_gradients.LAWS,
+        *sharded_units.LAWS,
+    ):
+        yield law.__name__, law
+
+
+CASES = dict(all_cases())

@@ -1,0 +1,97 @@
+"""Gradients that the ranks have in different ways: some lack one, one has a NaN, parameters lie on several meshes."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from sharded_units import SUMS, full, line, same, shard
+from sharded_world import RANKS
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import gradkit
+from gradkit.ops import absolute
+from gradkit.transforms import clip_by_global_norm, clip_by_norm
+
+
+def mean_itself(size):
+    return size
+
+
+@gradkit.measure(scope="all", reduce={"size": "mean"}, gives=("size",), finish=mean_itself)
+def mean_size(u):
+    return absolute(u)
+
+
+@gradkit.rule
+def over_size(u, size):
+    return u / size
+
+
+def rank_without_a_gradient_holds_up_none(backend: str, _: Path) -> None:
+    torch.manual_seed(4)
+    start, grads = [torch.randn(6, 2), torch.randn(6)], [torch.randn(6, 2), torch.randn(6)]
+    split = [nn.Parameter(shard(t, Shard(0))) for t in start]
+    plain = [nn.Parameter(t.clone()) for t in start]
+    for p, q, g in zip(split, plain, grads, strict=True):
+        p.grad, q.grad = shard(g, Shard(0)), g.clone()
+    plain[1].grad[3:] = 0.0
+    if dist.get_rank() == 1:
+        split[1].grad = None
+    for params in (split, plain):
+        clips = [clip_by_global_norm(0.1), clip_by_norm(0.05)]
+        gradkit.AdamW(params, eps=1e-2, transforms=clips, backend=backend).step()
+    same([full(split[0].detach())], [plain[0].detach()], SUMS)
+    same([full(split[1].detach())], [torch.cat([plain[1].detach()[:3], start[1][3:]])], SUMS)
+
+
+def meshes_of_one_and_two_dimensions_step_together(_: Path) -> None:
+    plane = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("outer", "inner"))
+    lie = [(line(), [Shard(0)]), (plane, [Replicate(), Shard(1)]), (plane, [Shard(1), Shard(0)]), None]
+    ends = []
+    for split in (True, False):
+        random = torch.Generator().manual_seed(6)
+        params = []
+        for where in lie:
+            p, g = (torch.randn(7, 3, generator=random) for _ in range(2))
+            p, g = (distribute_tensor(t, *where) if split and where else t for t in (p, g))
+            params.append(nn.Parameter(p))
+            params[-1].grad = g
+        gradkit.AdamW(params, eps=1e-2, transforms=[clip_by_global_norm(0.1), clip_by_norm(0.05)]).step()
+        ends.append([full(p.detach()) for p in params])
+    same(*ends, SUMS)
+
+
+def nan_on_one_rank_reaches_all(norm_type: float, _: Path) -> None:
+    split, plain = nn.Parameter(shard(torch.ones(4), Shard(0))), nn.Parameter(torch.ones(2))
+    split.grad, plain.grad = shard(torch.tensor([torch.nan, 1.0, 1.0, 1.0]), Shard(0)), torch.ones(2)
+    gradkit.AdamW([split, plain], transforms=[clip_by_global_norm(0.1, norm_type=norm_type)]).step()
+    assert split.to_local().isnan().all() and plain.isnan().all()
+
+
+def ranks_agree_on_a_mean_though_one_lacks_a_gradient(_: Path) -> None:
+    split, late = (nn.Parameter(shard(torch.zeros(4), Shard(0))) for _ in range(2))
+    split.grad, late.grad = (shard(torch.full((4,), size), Shard(0)) for size in (1.0, 4.0))
+    if dist.get_rank() == 1:
+        late.grad = None
+    filtered = gradkit.chain(mean_size, over_size, name="over_size")
+    gradkit.Optimizer([split, late], filtered, lr=1.0).step()
+    torch.testing.assert_close(full(split.detach()), torch.full((4,), -1 / 2))  # (4 * 1 + 2 * 4) / 6
+
+
+def rank_with_gradients_of_plain_parameters_only_joins_in(_: Path) -> None:
+    split, plain = nn.Parameter(shard(torch.zeros(4), Shard(0))), nn.Parameter(torch.zeros(2))
+    plain.grad = torch.tensor([3.0, 4.0])
+    if dist.get_rank() == 0:
+        split.grad = DTensor.from_local(torch.full((2,), 6.0), split.device_mesh, [Shard(0)], shape=(4,), stride=(1,))
+    filtered = clip_by_global_norm(1.0)
+    gradkit.Optimizer([split, plain], filtered, lr=1.0).step()
+    torch.testing.assert_close(plain.detach(), -torch.tensor([3.0, 4.0]) / 97**0.5)  # 9 + 16 + 2 * 36
+
+
+LAWS = (
+    meshes_of_one_and_two_dimensions_step_together,
+    ranks_agree_on_a_mean_though_one_lacks_a_gradient,
+    rank_with_gradients_of_plain_parameters_only_joins_in,
+)

@@ -1,0 +1,267 @@
+"""Every page of docs/ and the README: its code runs, its links resolve, its signatures and names are the package's."""
+
+import ast
+import contextlib
+import doctest
+import importlib
+import importlib.util
+import inspect
+import io
+import json
+import operator
+import os
+import re
+import subprocess
+import sys
+import types
+import unicodedata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import gradkit
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("README.md")])
+FENCE = re.compile(r'^```(?P<language>\w+)(?: title="(?P<title>[^"]*)")?\n(?P<text>.*?)^```$', re.M | re.S)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+NOT_CALLED = {"Chain", "RuleError", "Stage"}  # made by chain(), raised, and members of an enum
+
+
+class Block(NamedTuple):
+    language: str
+    title: str
+    text: str
+    line: int  # of its first line of text, from 1
+    end: int  # of its closing fence
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = []
+    for m in FENCE.finditer(text):
+        start, end = (text.count("\n", 0, at) + 1 for at in (m.start("text"), m.end()))
+        found.append(Block(m["language"], m["title"] or "", m["text"], start, end))
+    return found
+
+
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text())
+
+
+def signatures(pages: list[Path]) -> dict[str, str]:
+    """`gradkit.name` -> the text between its parentheses, as the pages print it."""
+    lines = [line for p in pages for b in blocks(p) if b.title == "signature" for line in b.text.split("\n") if line]
+    return {name: rest.removesuffix(")") for name, rest in (line.split("(", 1) for line in lines)}
+
+
+def names(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def public(dotted: str) -> Any:
+    """What a user finds under `gradkit.<name>`."""
+    return operator.attrgetter(dotted.removeprefix("gradkit."))(gradkit)
+
+
+def lookup(dotted: str) -> Any:
+    """The object of a dotted name: the longest part that is a module, then attributes."""
+    parts = dotted.split(".")
+    for n in range(len(parts), 0, -1):
+        with contextlib.suppress(ModuleNotFoundError):  # gradkit.chain is a module and, as an attribute, a function
+            found: Any = importlib.import_module(".".join(parts[:n]))
+            break
+    for k, part in enumerate(parts[n:]):
+        assert hasattr(found, part), f"{dotted}: there is no {part} in {'.'.join(parts[: n + k])}"
+        found = getattr(found, part)
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder to run in, which modules can be imported from; they are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def run_page(page: Path, folder: Path) -> dict[str, Any]:
+    """Run the blocks in order in one namespace: a module whose line numbers are the page's; check what they print."""
+    found = blocks(page)
+    lines = [""] * (page.read_text().count("\n") + 1)
+    for b in (b for b in found if b.language == "python"):
+        lines[b.line - 1 : b.end - 1] = b.text.splitlines()
+    file = folder / f"{page.stem.replace('-', '_')}_page.py"  # rules read their own source
+    file.write_text("\n".join(lines))
+    module = types.ModuleType(file.stem)
+    module.__file__ = str(file)
+    sys.modules[file.stem] = module
+    for k, b in enumerate(found):
+        if b.language != "python":
+            continue
+        if b.title.endswith(".py"):
+            (folder / b.title).write_text(b.text)
+            importlib.import_module(Path(b.title).stem)
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * (b.line - 1) + b.text, str(file), "exec"), vars(module))
+        after = found[k + 1] if k + 1 < len(found) else b
+        if after.title == "prints" and after.line == b.end + 2:
+            same = doctest.OutputChecker().check_output(after.text, printed.getvalue(), doctest.ELLIPSIS)
+            assert same, f"{names(page)}:{after.line}: the page says\n{after.text}it prints\n{printed.getvalue()}"
+    return vars(module)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "python" for b in blocks(p))], ids=names)
+def test_code_on_a_page_runs_and_prints_what_the_page_says(page, folder):
+    run_page(page, folder)
+
+
+def test_every_printed_block_follows_the_code_that_prints_it():
+    for page in PAGES:
+        found = blocks(page)
+        for before, b in zip([None, *found], found, strict=False):
+            if b.title == "prints":
+                assert before and before.language == "python" and b.line == before.end + 2, f"{names(page)}:{b.line}"
+
+
+@pytest.mark.parametrize("backend", ["eager", "chunked", "native"])
+def test_the_toy_optimizer_of_the_page_computes_its_docstring_on_every_backend(backend, folder):
+    import torch
+
+    page = DOCS / "own-optimizer.md"
+    toy = next(b for b in blocks(page) if b.title.endswith(".py"))
+    (folder / toy.title).write_text(toy.text)
+    SoftMomentum = importlib.import_module(Path(toy.title).stem).SoftMomentum
+    lr, beta, floor, decay = 1e-2, 0.8, 0.1, 0.5
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(3, 3, dtype=torch.float64, generator=generator))
+    optimizer = SoftMomentum([p], lr=lr, beta=beta, floor=floor, weight_decay=decay, backend=backend)
+    expected, m = p.detach().clone(), torch.zeros_like(p)
+    for t in range(1, 8):
+        p.grad = torch.randn(3, 3, dtype=torch.float64, generator=generator)
+        optimizer.step()
+        m = beta * m + (1 - beta) * p.grad
+        unbiased = m / (1 - beta**t)
+        expected = (1 - lr * decay) * expected - lr * unbiased / (unbiased.abs() + floor)
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-13)
+    assert f"backend: {backend} (" in optimizer.explain()
+
+
+@pytest.mark.parametrize("name, printed", sorted(signatures(PAGES).items()))
+def test_a_printed_signature_is_the_real_one(name, printed):
+    real = inspect.signature(public(name))
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in real.parameters.values()]
+    text = str(inspect.Signature(bare)).removeprefix("(").removesuffix(")")
+    printed_ast, real_ast = (ast.dump(ast.parse(f"def f({s}): pass")) for s in (printed, text))
+    assert printed_ast == real_ast, f"{name}: the page has ({printed}), the code ({text})"
+
+
+def test_every_public_callable_has_its_signature_on_a_page():
+    wanted = {f"gradkit.{n}" for n in gradkit.__all__ if callable(getattr(gradkit, n)) and n not in NOT_CALLED}
+    wanted |= {f"gradkit.transforms.{n}" for n in gradkit.transforms.__all__}
+    assert wanted - signatures(PAGES).keys() == set()
+
+
+def test_an_optimizers_page_explains_each_of_its_arguments():
+    for page in (DOCS / "optimizers").glob("[!i]*.md"):
+        rows = set(re.findall(r"^\| `(\w+)` \|", page.read_text(), re.M))
+        (name,) = signatures([page])
+        missing = set(inspect.signature(public(name)).parameters) - rows
+        assert not missing, f"{names(page)}: {missing}"
+
+
+def test_an_optimizers_page_names_its_state():
+    import torch
+
+    for page in (DOCS / "optimizers").glob("[!i]*.md"):
+        (name,) = signatures([page])
+        p = torch.nn.Parameter(torch.zeros(2))
+        optimizer = public(name)([p])
+        optimizer.init_state()
+        told = set(re.findall(r"`(\w+)`", re.findall(r"^State: .*$", page.read_text(), re.M)[0]))
+        assert set(optimizer.state[p]) <= told, f"{names(page)}: {set(optimizer.state[p]) - told}"
+
+
+def test_every_public_name_stands_in_the_docs():
+    text = "\n".join(p.read_text() for p in DOCS.rglob("*.md"))
+    wanted = [*gradkit.__all__, *gradkit.transforms.__all__, *gradkit.options.Options.__annotations__]
+    wanted += [m.name for m in gradkit.Stage] + list(gradkit.ops.OPS) + list(gradkit.options.DECAYS)
+    missing = [n for n in wanted if not re.search(rf"[`\".]{re.escape(n)}\b", text)]
+    assert missing == []
+
+
+def slug(heading: str) -> str:
+    """The anchor that the site gives a heading."""
+    plain = unicodedata.normalize("NFKD", heading.replace("`", "")).encode("ascii", "ignore").decode()
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_internal_links_lead_somewhere(page):
+    for link in LINK.findall(prose(page)):
+        if link.startswith(("https://", "mailto:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists() and target.is_relative_to(ROOT), f"{names(page)}: {link}"
+        headings = [slug(h) for h in re.findall(r"^#+ (.*)$", prose(target), re.M)] if target.suffix == ".md" else []
+        assert not anchor or anchor in headings, f"{names(page)}: {link}: the page has {headings}"
+
+
+def test_the_sites_menu_lists_every_page_once():
+    listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(listed) == sorted(str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md"))
+
+
+def test_what_the_way_of_a_gradient_names_exists():
+    text = prose(DOCS / "one-gradient.md")
+    dotted = set(re.findall(r"`([a-z_]+(?:\.\w+)+)(?:\(\))?`", text)) - {"p.grad"}
+    files = {n for n in dotted if n.endswith((".py", ".h"))} | set(re.findall(r"`([\w/]+/\w+\.(?:py|h))`", text))
+    for name in dotted - files:
+        lookup(f"gradkit.{name}")
+    for name in files:
+        assert (ROOT / "gradkit" / name).exists(), name
+    modules = {p.stem for p in (ROOT / "gradkit").glob("[a-z]*.py")} - {"py"}
+    assert len(dotted - files) > 25
+    assert modules - {n.split(".")[0] for n in dotted} == set(), "a module that the page doesn't mention"
+
+
+def bench_table() -> Any:
+    spec = importlib.util.spec_from_file_location("bench_table", DOCS / "bench_table.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("material") is None:
+        pytest.skip("mkdocs and mkdocs-material come with the extra [docs], which is not installed here")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # the theme's notice about its own future, not about our pages
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quiet)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    assert (tmp_path / "site" / "one-gradient" / "index.html").exists()
+
+
+def test_the_newest_measurements_become_tables_and_misses_stand_out(tmp_path):
+    hook = bench_table()
+    assert hook.bench(tmp_path) == hook.NO_BENCH
+    assert hook.evidence(tmp_path, "lion") == hook.NO_EVIDENCE
+    for name, day, ratio in ("cpu-b", "2026-01-01", 3.0), ("cpu-a", "2026-02-01", 0.98765):
+        rows = [{"row": "AdamW", "ratio": ratio, "bar": True}, {"row": "Lion", "bar": False, "why": "a|b"}]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"date": day, "machine": {"cores": 2}, "rows": rows}))
+    text = hook.bench(tmp_path)
+    assert "cpu-a.json" in text and "- machine cores: 2" in text and "3" not in text.split("## rows")[1]
+    assert text.splitlines()[-2:] == ["| AdamW | 0.9877 | met |  |", r"| Lion |  | **missed** | a\|b |"]
+    one = {"setting": "s", "table": [["a"], ["1"]], "gates": {"g": False}, "word": "w", "date": "d", "machine": "m"}
+    (tmp_path / "evidence.json").write_text(json.dumps({"lion": one}))
+    assert "- **missed**: g" in hook.evidence(tmp_path, "lion") and "| 1 |" in hook.evidence(tmp_path, "lion")

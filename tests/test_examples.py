@@ -1,0 +1,115 @@
+"""The examples, the demo and the evidence rows run as a user runs them and print what shows that they did."""
+
+import importlib
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("AdamW", "AdEMAMix", "DiffGrad", "Lion")
+ROWS = ("diffgrad", "grokfast", "ademamix")
+
+
+def run(folder: Path, script: str, *arguments: str, path: tuple[Path, ...] = ()) -> str:
+    """The output of a script that must succeed, started in an empty folder."""
+    # One thread: on models this small a second one only waits, for milliseconds a step where others use the machine.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONIOENCODING": "utf-8"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (*path, ROOT)))
+    command = [sys.executable, str(ROOT / script), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def table(output: str) -> dict[str, list[str]]:
+    """The demo's table: name -> train loss, held-out loss, ms a step, state bytes."""
+    rows = re.findall(r"^(\S+) +lr \S+ +([\d.]+) +([\d.]+) +([\d.]+) +([\d,]+)$", output, re.MULTILINE)
+    return {name: values for name, *values in rows}
+
+
+def test_swapped_optimizer_resumes_bitwise(tmp_path: Path) -> None:
+    output = run(tmp_path, "examples/swap_optimizer.py")
+    losses = dict(re.findall(r"^(gradkit\.Lion(?:, resumed)?) +loss ([\d.]+)", output, re.MULTILINE))
+    assert len(losses) == 2 and len(set(losses.values())) == 1, output
+    assert "equal bit for bit" in output
+
+
+def test_own_rule_trains_and_shows_its_plan(tmp_path: Path) -> None:
+    output = run(tmp_path, "examples/your_own_rule.py")
+    assert "mean_absolute -> decay -> write" in output and "28 bytes an element" in output
+    assert re.search(r"backend: (native|chunked)", output), output
+    first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", output).groups())
+    assert last < first / 10
+    assert output.rstrip().endswith("the step did what the trace showed")
+
+
+def test_own_chain_trains_bfloat16(tmp_path: Path) -> None:
+    output = run(tmp_path, "examples/your_own_chain.py")
+    assert "write-back stochastic" in output and "ema_filter -> sign_of_momentum" in output
+    losses = dict(re.findall(r"^(\w+ +\w+) +([\d.]+) +\d+%$", output, re.MULTILINE))
+    full, nearest, stochastic = (float(loss) for loss in losses.values())
+    assert abs(stochastic - full) < (nearest - full) / 2
+
+
+def test_demo_compares_five_and_draws_them(tmp_path: Path) -> None:
+    output = run(tmp_path, "examples/demo.py", "--steps", "20")
+    rows = table(output)
+    assert set(rows) == {*OURS, "torch.optim.AdamW"}, output
+    # The same algorithm on the same batches: after twenty steps rounding has not grown into the printed digits.
+    assert abs(float(rows["AdamW"][1]) - float(rows["torch.optim.AdamW"][1])) <= 0.002
+    size = {name: int(values[3].replace(",", "")) for name, values in rows.items()}
+    assert size["AdamW"] == size["torch.optim.AdamW"] and size["Lion"] < 0.51 * size["AdamW"]
+    assert output.count(" 20/20 ") == 5 and "\r" not in output
+    picture = (tmp_path / "demo.png").read_bytes()
+    width, height = struct.unpack(">II", picture[16:24])
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and width >= 1000 and height >= 500 and len(picture) > 20_000
+    assert f"picture: {tmp_path.resolve() / 'demo.png'}" in output
+
+
+def test_demo_without_matplotlib_still_prints_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # the next import of it raises ImportError
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--steps", "1", "--out", str(tmp_path / "demo.png")])
+    importlib.import_module("demo").main()
+    output = capsys.readouterr().out
+    assert set(table(output)) == {*OURS, "torch.optim.AdamW"}
+    assert "matplotlib is missing" in output and not (tmp_path / "demo.png").exists()
+
+
+def test_evidence_rows_run(tmp_path: Path) -> None:
+    output = run(tmp_path, "bench/evidence.py", "--cap", "20", "--out", str(tmp_path))
+    rows = json.loads((tmp_path / "evidence.json").read_text())
+    assert set(rows) == set(ROWS)
+    for row in rows.values():
+        assert set(row["gates"].values()) == {None}, "a capped run must not claim that a gate is met"
+        assert all(gate in output for gate in row["gates"]) and "torch" in row["machine"]
+    assert (tmp_path / "evidence.md").read_text().count("\n## ") == 3
+
+
+def test_evidence_goes_on_with_the_rows_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"title": "T", "setting": "s", "table": [["", "a"], ["b", "c"]], "gates": {"gate": False}}
+    kept |= {"word": "w", "date": "d", "seconds": 1, "machine": "m"}
+    (tmp_path / "evidence.json").write_text(json.dumps({"ademamix": kept}))
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    arguments = ["evidence.py", "--only", "diffgrad", "--cap", "5", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    importlib.import_module("evidence").main()
+    rows = json.loads((tmp_path / "evidence.json").read_text())
+    assert rows["ademamix"] == kept and set(rows) == {"ademamix", "diffgrad"}
+    assert "- NOT MET: gate" in (tmp_path / "evidence.md").read_text(), "a missed gate stands on the page"
+
+
+def test_committed_evidence_has_every_row_judged() -> None:
+    rows = json.loads((ROOT / "bench" / "results" / "evidence.json").read_text())
+    assert set(rows) == set(ROWS)
+    page = (ROOT / "bench" / "results" / "evidence.md").read_text()
+    for row in rows.values():
+        assert row["title"] in page and None not in row["gates"].values()

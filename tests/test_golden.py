@@ -1,0 +1,113 @@
+"""What the authors' own code computed, replayed on every backend, and by the references that the other tests rely on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.cases import BACKENDS, BY_NAME, CASES, Case, ran_on, replay
+from tests.reference.trajectory import Run
+from tests.tolerance import assert_follows, tolerance
+
+FOLDER = Path(__file__).parent / "golden"
+OURS = {"window_size": "window", "filter_type": "mode"}  # the authors' names that differ
+RUNS = [(case.name, file) for case in CASES for file in case.golden if not file.startswith("tx_")]
+CLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_clip")]
+
+
+class Golden:
+    """One file: arrays by name, and what its run was called with."""
+
+    def __init__(self, file: str):
+        self.arrays: Mapping[str, np.ndarray] = np.load(FOLDER / f"{file}.npz")
+        self.meta = json.loads(str(self.arrays["meta"].reshape(-1)[0]))
+        given = self.meta["hyperparameters"]
+        given = {**given.get("optimizer_kwargs", {}), **given.get("filter", given)}
+        self.arguments = {OURS.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        self.count = sum(k.startswith("init_") for k in self.arrays)
+
+    def each(self, kind: str, t: int | None = None) -> list[np.ndarray]:
+        key = kind if t is None else f"{kind}_{t}"
+        return [self.arrays[f"{key}_{i}"] for i in range(self.count)]
+
+    def steps(self, kind: str) -> list[list[np.ndarray]]:
+        return [self.each(kind, t) for t in range(1, self.meta["T"] + 1)]
+
+    def params(self) -> list[torch.Tensor]:
+        return [torch.tensor(x, requires_grad=True) for x in self.each("init")]
+
+    def optimizer(self, case: Case, file: str, params: list[torch.Tensor], **options: Any) -> Any:
+        return case.build(params, **{**self.arguments, **case.golden[file], **options})
+
+    def assert_followed(self, seen: list[list[np.ndarray]]) -> None:
+        expected = [self.each("init"), *self.steps("param")]
+        assert len(expected) == self.meta["T"] + 1 > 10
+        for ours, theirs in zip(seen, zip(*expected, strict=True), strict=True):
+            relative = tolerance("golden", torch.float32)
+            assert_follows(ours, theirs, relative, self.meta["max_abs_single_step_change"])
+
+
+def test_every_golden_file_is_replayed():
+    assert {file for _, file in RUNS + CLIPS} == {x.stem for x in FOLDER.glob("*.npz")}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "file"), RUNS)
+def test_a_golden_run_is_followed(name, file, backend):
+    golden = Golden(file)
+    params = golden.params()
+    optimizer = golden.optimizer(BY_NAME[name], file, params, backend=backend)
+    seen = replay(optimizer, params, golden.steps("grad"), backend=backend)
+    golden.assert_followed([[x.numpy() for x in one] for one in seen])
+
+
+@pytest.mark.parametrize(("name", "file"), RUNS)
+def test_the_reference_follows_the_golden_run(name, file):
+    golden = Golden(file)
+    given = {**golden.arguments, **BY_NAME[name].golden[file]}
+    lr, wd = given.pop("lr", None), given.pop("weight_decay", 0.0)
+    mode = given.pop("decay", "decoupled")
+    lr = lr or {"lion": 1e-4}.get(name, 1e-3)
+    run = Run(golden.each("init"), **BY_NAME[name].reference(**given), weight_decay=wd, mode=mode)
+    values = [golden.each("init"), *(run.step(row, lr, lr) for row in golden.steps("grad"))]
+    golden.assert_followed([list(one) for one in zip(*values, strict=True)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["grokfast_ema", "grokfast_ma"])
+def test_the_filtered_gradient_is_the_authors(name, backend):
+    (file,) = BY_NAME[name].golden
+    golden = Golden(file)
+    params = golden.params()
+    optimizer = golden.optimizer(BY_NAME[name], file, params, backend=backend)
+    relative = tolerance("golden", torch.float32)
+    for t, row in enumerate(golden.steps("grad"), 1):
+        for p, g in zip(params, row, strict=True):
+            p.grad = torch.tensor(g)
+        for p, theirs in zip(params, golden.each("filtered", t), strict=True):
+            links = optimizer.trace(p)
+            ours = dict(links[:-1])
+            assert len(ours) == 1 and links[-1][0] == "write"
+            (filtered,) = ours.values()
+            np.testing.assert_allclose(filtered.numpy(), theirs, relative, relative * np.abs(theirs).max())
+        optimizer.step()
+    assert ran_on(optimizer) == {backend}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "file"), CLIPS)
+def test_clipping_by_global_norm_is_torchs(name, file, backend):
+    """One step of SGD at lr 1 from zero leaves minus the clipped gradients."""
+    arrays, golden = np.load(FOLDER / f"{file}.npz"), json.loads(str(np.load(FOLDER / f"{file}.npz")["meta"].reshape(-1)[0]))
+    grads = [arrays[f"grad_{i}"] for i in range(3)]
+    params = [torch.zeros(g.shape, requires_grad=True) for g in grads]
+    optimizer = BY_NAME[name].build(params, lr=1.0, backend=backend, **golden["hyperparameters"])
+    seen = replay(optimizer, params, [grads], backend=backend)
+    for i, (_, after) in enumerate(seen):
+        clipped = arrays[f"out_{i}"]
+        assert np.abs(clipped).max() < np.abs(grads[i]).max()
+        np.testing.assert_allclose(-after.numpy(), clipped, rtol=tolerance("golden", torch.float32), atol=0)
