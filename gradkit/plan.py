@@ -1,6 +1,7 @@
 """From groups and gradients to batches and passes: what runs, over which tensors, in which order. No math."""
 
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,10 +128,10 @@ class Batch:
         """Whether parameters, gradients and state are still what was planned for."""
         params = [sharding.local(p) for p in self.owners] if self.sharded else self.owners
         return (
-            all(a is b for a, b in zip(map(state.get, self.owners), self.state, strict=True))
-            and all(s.get(n) is t for n, ts in self.held.items() for s, t in zip(self.state, ts, strict=True))
+            all(map(is_, map(state.get, self.owners), self.state))
+            and all(all(map(is_, [s.get(n) for s in self.state], ts)) for n, ts in self.held.items())
             and [p.data_ptr() for p in params] == self.pointers
-            and all(grads[i].dtype == self.gdtype and grads[i].layout == torch.strided for i in self.index)
+            and all([(g := grads[i]).dtype is self.gdtype and g.layout is torch.strided for i in self.index])
         )
 
     def bind(self, grads: Sequence[Tensor]) -> None:
@@ -213,12 +214,12 @@ class Plan:
         self.batches, self.params, self.structure = batches, params, structure
         self.missing = [g is None for g in grads]
         self.schedule = schedule(batches)
-        self.sharded = any(b.sharded for b in batches)
+        self.sharded = any(map(sharding.is_sharded, params))  # also those without a gradient on this rank
 
     def fits(self, state: Mapping, params: list[Tensor], grads: Sequence[Tensor | None], structure: list) -> bool:
         return (
             len(params) == len(self.params)
-            and all(a is b for a, b in zip(params, self.params, strict=True))
+            and all(map(is_, params, self.params))
             and [g is None for g in grads] == self.missing
             and structure == self.structure
             and all(b.fits(state, grads) for b in self.batches)  # type: ignore[arg-type]
@@ -234,13 +235,13 @@ class Plan:
             for (batch, _), part in zip(ready, parts, strict=True):
                 totals[batch.index] = part.to(totals.device)
             sharding.complete(totals, [*link.reduce.values(), "sum"], self.params)
-            parts = [totals[batch.index].to(batch.device) for batch, _ in ready]
+            parts = [totals] if link.scope == "all" else [totals[b.index].to(b.device) for b, _ in ready]
         if link.scope == "all":
             device = parts[0].device
             cells = ready[0][0].program.scalars.shared(placed, group, clock)
             columns = [torch.tensor(c, dtype=torch.float64, device=device) for c in cells]
             shared = finish(link, torch.cat([x.to(device) for x in parts]), columns)
-        for (batch, ps), part in zip(ready, parts, strict=True):
+        for i, (batch, ps) in enumerate(ready):
             scalars = batch.program.scalars
             if link.scope == "tensor":
                 columns = [
@@ -249,7 +250,7 @@ class Plan:
                     else torch.from_numpy(batch.table64[batch.row, c.at]).to(batch.device)
                     for c in scalars.of[ps.end]
                 ]
-                shared = finish(link, part, columns)
+                shared = finish(link, parts[i], columns)
             for name, value in zip(link.gives, shared, strict=True):
                 batch.measured[:, scalars.measured.index((ps.measured.chain, name))] = value
 

@@ -252,16 +252,24 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert (tmp_path / "site" / "one-gradient" / "index.html").exists()
 
 
-def test_the_newest_measurements_become_tables_and_misses_stand_out(tmp_path):
+def test_the_newest_measurements_stand_on_the_page_and_misses_stand_out(tmp_path):
     hook = bench_table()
     assert hook.bench(tmp_path) == hook.NO_BENCH
     assert hook.evidence(tmp_path, "lion") == hook.NO_EVIDENCE
-    for name, day, ratio in ("cpu-b", "2026-01-01", 3.0), ("cpu-a", "2026-02-01", 0.98765):
-        rows = [{"row": "AdamW", "ratio": ratio, "bar": True}, {"row": "Lion", "bar": False, "why": "a|b"}]
-        (tmp_path / f"{name}.json").write_text(json.dumps({"date": day, "machine": {"cores": 2}, "rows": rows}))
+    for day in "2026-02-01", "2026-01-31":
+        (tmp_path / f"cpu-{day}.json").write_text("{}")
+        (tmp_path / f"cpu-{day}.md").write_text(f"# Title\n\nof {day}\n\n- MISS Lion: start-up\n")
     text = hook.bench(tmp_path)
-    assert "cpu-a.json" in text and "- machine cores: 2" in text and "3" not in text.split("## rows")[1]
-    assert text.splitlines()[-2:] == ["| AdamW | 0.9877 | met |  |", r"| Lion |  | **missed** | a\|b |"]
-    one = {"setting": "s", "table": [["a"], ["1"]], "gates": {"g": False}, "word": "w", "date": "d", "machine": "m"}
+    assert "of 2026-02-01" in text and "01-31" not in text and "# Title" not in text
+    assert text.endswith("- **MISS** Lion: start-up")
+    one = {"setting": "s", "table": [["a"], ["1|2"]], "gates": {"g": False}, "word": "w", "date": "d", "machine": "m"}
     (tmp_path / "evidence.json").write_text(json.dumps({"lion": one}))
-    assert "- **missed**: g" in hook.evidence(tmp_path, "lion") and "| 1 |" in hook.evidence(tmp_path, "lion")
+    text = hook.evidence(tmp_path, "lion")
+    assert "- **missed**: g" in text and r"| 1\|2 |" in text
+
+
+def test_a_committed_report_is_the_one_of_its_measurements():
+    from bench import report
+
+    for file in (ROOT / "bench" / "results").glob("cpu-*.json"):
+        assert report.markdown(json.loads(file.read_text())) == file.with_suffix(".md").read_text(), file.name

@@ -1,4 +1,4 @@
-"""What the authors' own code computed, replayed on every backend, and by the references that the other tests rely on."""
+"""What the authors' own code computed, on every backend and in the references that other tests rely on."""
 
 import json
 from collections.abc import Mapping
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cases import BACKENDS, BY_NAME, CASES, Case, ran_on, replay
+from tests.cases import BACKENDS, BY_NAME, CASES, Case
 from tests.reference.trajectory import Run
+from tests.runs import ran_on, replay
 from tests.tolerance import assert_follows, tolerance
 
 FOLDER = Path(__file__).parent / "golden"
@@ -69,10 +70,9 @@ def test_a_golden_run_is_followed(name, file, backend):
 def test_the_reference_follows_the_golden_run(name, file):
     golden = Golden(file)
     given = {**golden.arguments, **BY_NAME[name].golden[file]}
-    lr, wd = given.pop("lr", None), given.pop("weight_decay", 0.0)
-    mode = given.pop("decay", "decoupled")
-    lr = lr or {"lion": 1e-4}.get(name, 1e-3)
-    run = Run(golden.each("init"), **BY_NAME[name].reference(**given), weight_decay=wd, mode=mode)
+    lr, weight_decay = given.pop("lr"), given.pop("weight_decay", 0.0)
+    mode = "l2" if name == "diffgrad" else "decoupled"
+    run = Run(golden.each("init"), **BY_NAME[name].reference(**given), weight_decay=weight_decay, mode=mode)
     values = [golden.each("init"), *(run.step(row, lr, lr) for row in golden.steps("grad"))]
     golden.assert_followed([list(one) for one in zip(*values, strict=True)])
 
@@ -102,10 +102,11 @@ def test_the_filtered_gradient_is_the_authors(name, backend):
 @pytest.mark.parametrize(("name", "file"), CLIPS)
 def test_clipping_by_global_norm_is_torchs(name, file, backend):
     """One step of SGD at lr 1 from zero leaves minus the clipped gradients."""
-    arrays, golden = np.load(FOLDER / f"{file}.npz"), json.loads(str(np.load(FOLDER / f"{file}.npz")["meta"].reshape(-1)[0]))
+    golden = Golden(file)
+    arrays = golden.arrays
     grads = [arrays[f"grad_{i}"] for i in range(3)]
     params = [torch.zeros(g.shape, requires_grad=True) for g in grads]
-    optimizer = BY_NAME[name].build(params, lr=1.0, backend=backend, **golden["hyperparameters"])
+    optimizer = BY_NAME[name].build(params, lr=1.0, backend=backend, **golden.arguments)
     seen = replay(optimizer, params, [grads], backend=backend)
     for i, (_, after) in enumerate(seen):
         clipped = arrays[f"out_{i}"]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import gradkit
-from tests.cases import BACKENDS, BY_NAME, CASES, DECAYS, Case, replay
+from tests.cases import BACKENDS, BY_NAME, CASES, DECAYS, Case
 from tests.reference import sgd
+from tests.runs import replay
 from tests.scenarios import LR, SCENARIOS, Scenario, start
 from tests.tolerance import assert_follows, tolerance
 
@@ -32,7 +33,7 @@ def run_both(case: Case, scenario: Scenario, dtype: torch.dtype, backend: str, d
 
 
 def without_hit(histories, gradients):
-    """From the step after a non-finite gradient, that element is nobody's: inf - inf depends on how a mean is written."""
+    """From the step after a non-finite gradient on, that element is nobody's: inf - inf depends on a mean's form."""
     hit = [np.zeros(x[0].shape, bool) for x in histories]
     out = [[x[0]] for x in histories]
     for t, row in enumerate(gradients):
@@ -71,7 +72,8 @@ def test_hostile_gradients_do_what_the_paper_says(name, scenario, backend):
 def test_maximize_climbs_what_the_reference_descends(name, backend):
     for decay in DECAYS:
         assert_same_run(BY_NAME[name], SCENARIOS["smooth"](), torch.float32, backend, decay, maximize=True)
-    down, up = (run_both(BY_NAME[name], SCENARIOS["smooth"](), torch.float32, backend, "none", m)[0] for m in (False, True))
+    smooth = SCENARIOS["smooth"]()
+    down, up = (run_both(BY_NAME[name], smooth, torch.float32, backend, "none", m)[0] for m in (False, True))
     assert np.sign(down[0][1] - down[0][0]).any()
     assert np.array_equal(np.sign(down[0][1] - down[0][0]), -np.sign(up[0][1] - up[0][0]))
 

@@ -87,8 +87,8 @@ class Eager:
                 for j, (kind, x) in enumerate(zip(how, measure.map(**seen), strict=True)):
                     if x.numel() and kind == "max":
                         totals[t, j] = torch.maximum(totals[t, j], x.double().max())
-                    elif x.numel():
-                        totals[t, j] += x.double().sum()
+                    elif x.numel():  # by pieces that torch gives to one thread: the same sum for any number of them
+                        totals[t, j] += torch.stack([c.sum() for c in x.double().flatten().split(1 << 15)]).sum()
         return totals
 
     def apply(self, ps: "Pass") -> None:

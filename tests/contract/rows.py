@@ -65,6 +65,7 @@ class Subject:
 
 
 SUBJECTS = [Subject(row, backend) for row in ROWS for backend in ("eager", "auto")]
+ALONE = [s for s in SUBJECTS if not s.row.coupled]  # a parameter's steps don't depend on its company
 
 
 def parameters(dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Tensor]:

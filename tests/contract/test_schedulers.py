@@ -1,6 +1,5 @@
 """Every scheduler of torch.optim.lr_scheduler: what it sets is what the next step uses."""
 
-import inspect
 import warnings
 from typing import Any
 
@@ -60,9 +59,7 @@ def scheduled(make: Any, name: str) -> tuple[list[torch.Tensor], Series]:
 
 
 def test_the_table_has_every_scheduler_of_torch():
-    found = {n for n, c in inspect.getmembers(schedulers, inspect.isclass) if n.endswith(("LR", "Restarts", "Plateau"))}
-    abstract = {n for n in found if n.startswith("_") or n == "LRScheduler"}
-    assert found - abstract | {"ChainedScheduler"} == TABLE.keys() and set(schedulers.__all__) - {"LRScheduler"} == TABLE.keys()
+    assert set(schedulers.__all__) - {"LRScheduler"} == TABLE.keys()
 
 
 @each

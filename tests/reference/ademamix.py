@@ -9,9 +9,7 @@ def half_life(beta):
     return math.log(0.5) / math.log(beta + 1e-8) - 1
 
 
-def direction(
-    g, state, *, betas=(0.9, 0.999, 0.9999), alpha=5.0, eps=1e-8, alpha_warmup=None, beta3_warmup=None
-):
+def direction(g, state, *, betas=(0.9, 0.999, 0.9999), alpha=5.0, eps=1e-8, alpha_warmup=None, beta3_warmup=None):
     beta1, beta2, beta3 = betas
     t = state["t"] = state.get("t", 0) + 1
     if alpha_warmup is not None and t < alpha_warmup:
