@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -75,13 +76,11 @@ def diffgrad(cap: int | None) -> Row:
         "Adam, half the lr": lambda p: torch.optim.Adam(p, lr=0.05, betas=betas),
     }
     ends = {name: [descend(make, f, steps) for f in (f1, f2, f3)] for name, make in makers.items()}
-    ours, adam = ends["DiffGrad"], ends["Adam"]
+    (at1, at2, _), (adam1, adam2, _) = ([e["x"] for e in ends[name]] for name in ("DiffGrad", "Adam"))
     met = {
-        "F1: DiffGrad within .01 of the global minimum -0.3, Adam of the local one 0.2": abs(ours[0]["x"] + 0.3) < 0.01
-        and abs(adam[0]["x"] - 0.2) < 0.01,
-        "F2: DiffGrad within .01 of the global minimum -0.643, Adam right of -0.05": abs(ours[1]["x"] + 0.643) < 0.01
-        and adam[1]["x"] > -0.05,
-        "F3: DiffGrad overshoots less than Adam": ours[2]["furthest"] < adam[2]["furthest"],
+        "F1: DiffGrad within .01 of the global minimum -0.3, Adam of 0.2": abs(at1 + 0.3) < 0.01 > abs(adam1 - 0.2),
+        "F2: DiffGrad within .01 of the global -0.643, Adam right of -0.05": abs(at2 + 0.643) < 0.01 and adam2 > -0.05,
+        "F3: DiffGrad overshoots less than Adam": ends["DiffGrad"][2]["furthest"] < ends["Adam"][2]["furthest"],
     }
     table = [["", "F1: x (value)", "F2: x (value)", "F3: x (value)", "F3: furthest right"]]
     for name, end in ends.items():
@@ -127,8 +126,7 @@ def products(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, y = (grid.flatten() for grid in torch.meshgrid(torch.arange(PRIME), torch.arange(1, PRIME), indexing="ij"))
     tokens = torch.stack((x, torch.full_like(x, PRIME), y, torch.full_like(x, PRIME + 1)), 1)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    half = len(x) // 2
-    tokens, answers = tokens[order], (x * y % PRIME)[order]
+    tokens, answers, half = tokens[order], (x * y % PRIME)[order], len(x) // 2
     return tokens[:half], answers[:half], tokens[half:], answers[half:]
 
 
@@ -190,8 +188,8 @@ def grokfast(cap: int | None) -> Row:
     )
     word = (
         "The paper changes the decay as well as the filter, hence the rows at equal decay and without; the filter also "
-        "makes for longer steps, hence 3 times the lr. Rounding alone moves these counts by 5 %: with Adam's mean square "
-        "rounded another way the first row was 2,140, 1,860 and 2,020, on the other side of its gate."
+        "makes for longer steps, hence 3 times the lr. Rounding alone moves these counts by 5 %: with Adam's mean "
+        "square rounded another way, the first row was 2,140, 1,860 and 2,020, on the other side of its gate."
     )
     return {"title": "Grokfast (EMA): time to grok", "setting": setting, "table": table, "gates": met, "word": word}
 
@@ -255,8 +253,8 @@ ROWS: dict[str, Callable[[int | None], Row]] = {"diffgrad": diffgrad, "grokfast"
 def cpu() -> str:
     """Its name, as Linux knows it."""
     info = Path("/proc/cpuinfo")
-    names = [x.split(":")[1] for x in info.read_text().splitlines() if x.startswith("model name")] if info.exists() else []
-    return names[0].strip() if names else platform.processor() or platform.machine()
+    found = re.search("^model name.*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def as_markdown(rows: dict[str, Row]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import language_model
 import text
@@ -160,6 +161,17 @@ def smooth(losses: list[float], keep: float) -> list[float]:
     return curve
 
 
+def label_ends(axes: Any, results: list[Entry]) -> None:
+    """Name and last held-out loss beside each curve's end, none over another."""
+    low, high = axes.get_ylim()
+    place = -math.inf
+    for e in sorted(results, key=lambda e: e.held_out[-1][1]):
+        step, loss = e.held_out[-1]
+        place = max(place + 0.045 * (high - low), loss)
+        axes.text(1.03 * step, place, f"{e.name} {loss:.3f}", color=e.color, va="center", fontsize=9)
+    axes.set_xlim(right=1.6 * step)
+
+
 def draw(results: list[Entry], pair_loss: float, out: Path) -> str:
     """The loss curves; returns what to tell the user."""
     try:
@@ -179,15 +191,10 @@ def draw(results: list[Entry], pair_loss: float, out: Path) -> str:
         right.plot(*zip(*late, strict=True), e.line, color=e.color, marker="o", markersize=4, zorder=over)
     left.axhline(pair_loss, color="#999999", linewidth=1, linestyle=":")
     left.text(0, pair_loss, "counting pairs of characters", color="#777777", va="top", fontsize=9)
-    low, high = right.get_ylim()
-    place = -math.inf
-    for e in sorted(results, key=lambda e: e.held_out[-1][1]):  # a label beside each end, none over another
-        place = max(place + 0.045 * (high - low), e.held_out[-1][1])
-        right.text(1.03 * steps, place, f"{e.name} {e.held_out[-1][1]:.3f}", color=e.color, va="center", fontsize=9)
+    label_ends(right, results)
     left.set(xlabel="step", ylabel="loss, nats a character", title="training loss, smoothed")
     left.legend(frameon=False)
     right.set(xlabel="step", title="held-out loss, later part of the run")
-    right.set_xlim(right=1.6 * steps)
     for axes in (left, right):
         axes.grid(color="#eeeeee")
         axes.spines[["top", "right"]].set_visible(False)

@@ -72,6 +72,9 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
         for t, q in enumerate(batch.owners):
             if q is p:
                 last, eager = batch.program.passes[-1], Eager(batch)
-                for part in eager.parts(last, t):
-                    eager.walk(last, part, lambda name, u: steps.append((name, u.clone())))
+                (part,) = eager.parts(last, t)
+                seen = eager.walk(last, part, lambda name, u: steps.append((name, u.clone())))
+                part.p, part.residual = part.p.clone(), part.residual if part.residual is None else part.residual.clone()
+                eager.write(part, seen["p"], t)
+                steps[-1] = "write", part.p
     return steps

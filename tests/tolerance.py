@@ -47,7 +47,7 @@ def assert_follows(
             allowed = relative * (np.abs(theirs) + step * np.sqrt(t))
             close = np.where(np.isfinite(theirs), np.abs(ours - theirs) <= allowed, same(ours, theirs))
             assert close.all(), (
-                f"step {t}: {np.sum(~close)} of {close.size} differ, e.g. {ours[~close][0]!r}, not {theirs[~close][0]!r}; "
+                f"step {t}: {np.sum(~close)} of {close.size} differ, {ours[~close][0]!r} for {theirs[~close][0]!r}, "
                 f"allowed {np.broadcast_to(allowed, close.shape)[~close][0]:.3g}"
             )
 

@@ -81,11 +81,12 @@ def log(x):
 @triton.jit
 def tanh(x):
     a = tl.abs(x)
-    z = x * x
+    z = a * a
     q = 0.0217007026 + z * (-0.0081773987 + z * 0.00214296184)
-    near = x + x * z * (-0.333333313 + z * (0.133332059 + z * (-0.0539467633 + z * q)))
+    near = a + a * z * (-0.333333313 + z * (0.133332059 + z * (-0.0539467633 + z * q)))
     far = 1.0 - tl.div_rn(2.0, exp(a + a) + 1.0)
-    return tl.where(a < 0.625, near, tl.where(x < 0.0, -far, far))
+    y = tl.where(a < 0.625, near, far)
+    return tl.where(x == 0.0, x, tl.where(x < 0.0, -y, y))  # keeps the sign of a zero
 
 
 @triton.jit

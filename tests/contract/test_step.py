@@ -230,6 +230,7 @@ def test_a_compiled_model_trains_and_may_hold_the_step(make):
 
 def test_a_step_keeps_no_gradient_and_nothing_of_a_parameters_size(make):
     size = 1237
+    gc.collect()  # optimizers of other tests
     params = [torch.ones(size, requires_grad=True), torch.ones(1, size).t().requires_grad_()]
     optimizer = make(params)
     for _ in range(2):

@@ -212,7 +212,7 @@ def test_other_dtypes_are_refused_when_they_are_added(make, dtype):
 
 
 def sparse(p: Tensor) -> Tensor:
-    return torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1, *p.shape[1:]), p.shape)
+    return torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1, *p.shape[1:]), p.shape, check_invariants=True)
 
 
 @pytest.mark.parametrize("after", [0, 2], ids=["first step", "third step"])

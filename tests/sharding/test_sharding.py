@@ -4,13 +4,13 @@ import subprocess
 import sys
 
 import pytest
-import sharded_cases
-import sharded_world
 import torch
 import torch.distributed as dist
 
 from gradkit import sharding
 from gradkit.backends import ccache
+from tests.sharding import cases
+from tests.sharding.world import run_world
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch is built without torch.distributed")
 
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch is b
 def world(request, tmp_path_factory):
     """Run the chosen cases in one world."""
     chosen = [item.callspec.params["name"] for item in request.session.items if "world" in item.fixturenames]
-    return sharded_world.run_world({n: sharded_cases.CASES[n] for n in chosen}, tmp_path_factory.mktemp("world"))
+    return run_world({n: cases.CASES[n] for n in chosen}, tmp_path_factory.mktemp("world"))
 
 
-@pytest.mark.parametrize("name", sharded_cases.CASES)
+@pytest.mark.parametrize("name", cases.CASES)
 def test_on_two_ranks(world, name):
     if "native" in name and ccache.why_not():
         pytest.skip(f"native can't run here: {ccache.why_not()}")

@@ -1,7 +1,91 @@
-"""Kernels that run one rule, or one op, on a few numbers."""
+"""One rule for each operation, and kernels that run a rule on a few numbers; the rules are in the rule language alone."""
 
 import triton
 import triton.language as tl
+
+from gradkit import rule
+from gradkit.ops import absolute, exp, isfinite, lerp, log, maximum, minimum, sigmoid, sign, sqrt, tanh, where
+
+
+@rule
+def arithmetic(u, p):
+    return (u - p) * -u + 0.3 / (p * 3.0)
+
+
+@rule
+def quotient(u, p):
+    return u / p
+
+
+@rule
+def masks(u, p):
+    return where(((u > p) & ~(p < 0.0)) | (u <= -1.0), u, 0.5 * p)
+
+
+@rule
+def root(u, p):
+    return sqrt(u)
+
+
+@rule
+def size(u, p):
+    return absolute(u)
+
+
+@rule
+def signs(u, p):
+    return sign(u)
+
+
+@rule
+def smaller(u, p):
+    return minimum(u, p)
+
+
+@rule
+def larger(u, p):
+    return maximum(u, p)
+
+
+@rule
+def literals(u, p):
+    return where(isfinite(u), minimum(maximum(-2.0, u), 2.0), 0.25)
+
+
+@rule
+def between(u, p):
+    return lerp(u, p, 0.3)
+
+
+@rule
+def exponential(u, p):
+    return exp(u)
+
+
+@rule
+def logarithm(u, p):
+    return log(u)
+
+
+@rule
+def hyperbolic(u, p):
+    return tanh(u)
+
+
+@rule
+def logistic(u, p):
+    return sigmoid(u)
+
+
+EXACT = (arithmetic, quotient, masks, root, size, signs, smaller, larger, literals, between)
+ROUNDED = {"exp": exponential, "log": logarithm, "tanh": hyperbolic, "sigmoid": logistic}
+
+
+@triton.jit
+def pair_kernel(u, p, out, n, RULE: tl.constexpr, TILE: tl.constexpr):
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = at < n
+    tl.store(out + at, RULE(tl.load(u + at, mask=inside), tl.load(p + at, mask=inside)), mask=inside)
 
 
 @triton.jit
@@ -25,11 +109,3 @@ def adam_kernel(u, exp_avg, exp_avg_sq, scalars, out, new_m, new_v, n, RULE: tl.
     tl.store(out + at, r, mask=inside)
     tl.store(new_m + at, m, mask=inside)
     tl.store(new_v + at, v, mask=inside)
-
-
-@triton.jit
-def two_kernel(u, v, out, n, RULE: tl.constexpr, TILE: tl.constexpr):
-    """A rule of two values."""
-    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    inside = at < n
-    tl.store(out + at, RULE(tl.load(u + at, mask=inside), tl.load(v + at, mask=inside)), mask=inside)

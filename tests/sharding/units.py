@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from sharded_world import RANKS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
@@ -14,8 +13,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import gradkit
 from gradkit import sharding
+from tests.sharding.world import RANKS
+from tests.tolerance import assert_equal
 
-BITS = {"rtol": 0.0, "atol": 0.0}
 SUMS = {"rtol": 1e-6, "atol": 1e-6}  # a sum over shards adds in another order
 
 
@@ -31,9 +31,14 @@ def shard(t: Tensor, where: Placement, mesh: DeviceMesh | None = None) -> DTenso
     return distribute_tensor(t.clone(), mesh or line(), [where])
 
 
-def same(left: list[Tensor], right: list[Tensor], tolerance: dict[str, float]) -> None:
+def equal(left: list[Tensor], right: list[Tensor]) -> None:
     for i, (a, b) in enumerate(zip(left, right, strict=True)):
-        torch.testing.assert_close(a, b, **tolerance, msg=lambda m, i=i: f"tensor {i}: {m}")
+        assert_equal(a, b, f"tensor {i}")
+
+
+def near(left: list[Tensor], right: list[Tensor]) -> None:
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        torch.testing.assert_close(a, b, **SUMS, msg=lambda m, i=i: f"tensor {i}: {m}")
 
 
 def index_is_where_a_shard_stands(_: Path) -> None:
@@ -92,7 +97,7 @@ def totals_are_joined_by_one_all_reduce_an_operation(_: Path) -> None:
         assert all(shape[0] == 4 for shape, _ in seen)
     joined, alone = [3.0, 5.0, 9.0], mine
     wanted = torch.tensor([joined, alone, alone, joined, [3.0, nan, nan], joined], dtype=torch.float64)
-    torch.testing.assert_close(totals, wanted, **BITS, equal_nan=True)
+    assert_equal(totals, wanted)
 
 
 def replicas_are_counted_once(_: Path) -> None:

@@ -4,13 +4,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import sharded_gradients
-import sharded_units
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded_units import BITS, SUMS, full, line, same, shard
-from sharded_world import RANKS
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,6 +20,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 import gradkit
 from gradkit.transforms import cautious, clip_by_global_norm, clip_by_norm, clip_by_value, grokfast_ma
+from tests.sharding import gradients, units
+from tests.sharding.units import equal, full, line, near, shard
+from tests.sharding.world import RANKS
 
 BACKENDS = ("eager", "chunked", "native")
 OPTIMIZERS = {
@@ -73,7 +72,7 @@ class Run:
 
     def slots(self) -> list[Tensor]:
         state = (self.opt.state[p] for g in self.opt.param_groups for p in g["params"])
-        return [s[name] for s in state for name in sorted(s)]
+        return [full(s[name]) for s in state for name in sorted(s)]
 
     def saved(self, options: StateDictOptions) -> dict:
         optimizer = get_optimizer_state_dict(self.whole, self.opt, options=options)
@@ -84,11 +83,11 @@ class Run:
         set_optimizer_state_dict(self.whole, self.opt, state["optimizer"], options=options)
 
 
-def agrees_with_one_process(make: Callable, tolerance: dict[str, float], _: Path) -> None:
+def agrees_with_one_process(make: Callable, compare: Callable, _: Path) -> None:
     runs = [Run(make), Run(make, sharded=False)]
     for run in runs:
         run.train(range(3))
-    same(runs[0].values(), runs[1].values(), tolerance)
+    compare(runs[0].values(), runs[1].values())
     assert any((a != b).any() for a, b in zip(runs[0].values(), Run(make).values(), strict=True))
     here = runs[0].scale.detach()
     there = [torch.zeros_like(here) for _ in range(RANKS)]
@@ -107,15 +106,14 @@ def resumes_bitwise(make: Callable, flat: bool, dtype: torch.dtype, folder: Path
             p.add_(1.0)
     before = resumed.values()
     state = resumed.saved(options)  # here torch makes a dummy step: zero gradients, lr 0
-    same(before, resumed.values(), BITS)
+    equal(before, resumed.values())
     dcp.load(state, checkpoint_id=folder)
     resumed.load(state, options)
     assert float(resumed.opt.param_groups[0]["clock"]) == 3.0
     resumed.train(range(3, 5))
     assert float(resumed.opt.param_groups[0]["clock"]) == 5.0
-    same(straight.values(), resumed.values(), BITS)
-    for a, b in zip(straight.slots(), resumed.slots(), strict=True):
-        assert a.dtype == b.dtype and torch.equal(full(a), full(b))
+    equal(straight.values(), resumed.values())
+    equal(straight.slots(), resumed.slots())
     assert straight.opt.state[straight.net.idle], "a parameter without a gradient has no slots to save"
 
 
@@ -128,7 +126,7 @@ def resumes_bitwise_in_one_process_and_back(_: Path) -> None:
     alone.train(range(2, 4))
     back.load(alone.saved(options), options)
     back.train(range(4, 6))
-    same(straight.values(), back.values(), BITS)
+    equal(straight.values(), back.values())
 
 
 def takes_over_from_torch(_: Path) -> None:
@@ -138,7 +136,7 @@ def takes_over_from_torch(_: Path) -> None:
     set_model_state_dict(new.whole, get_model_state_dict(old.whole))
     for run in (old, new):
         run.train(range(2, 4))
-    same(old.values(), new.values(), SUMS)
+    near(old.values(), new.values())
 
 
 def ring_slots_stay_sharded_at_their_dtype(_: Path) -> None:
@@ -175,7 +173,7 @@ def writes_back_the_bits_of_one_process(rounding: str, backend: str, _: Path) ->
             for p, g in zip(params, now, strict=True):
                 p.grad = shard(g, p.placements[0]) if isinstance(p, DTensor) else g.clone()
             opt.step()
-    same([p.detach() for p in plain], [full(p.detach()) for p in split], BITS)
+    equal([p.detach() for p in plain], [full(p.detach()) for p in split])
     assert not torch.equal(plain[0], start[0])
 
 
@@ -185,18 +183,18 @@ def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
     largest = {"lr": 1e-2, "transforms": [clip_by_global_norm(0.01, norm_type=float("inf"))]}
     for backend in BACKENDS:
         for name, make in OPTIMIZERS.items():
-            for kind, how, tolerance in (("sums", sums, SUMS), ("elementwise", elementwise, BITS)):
+            for kind, how, compare in (("sums", sums, near), ("elementwise", elementwise, equal)):
                 one = partial(make, **how, backend=backend)
                 yield (
                     f"agrees_with_one_process {name} {kind} {backend}",
-                    partial(agrees_with_one_process, one, tolerance),
+                    partial(agrees_with_one_process, one, compare),
                 )
         maximum = partial(gradkit.AdamW, **largest, backend=backend)
-        yield f"agrees_with_one_process AdamW largest {backend}", partial(agrees_with_one_process, maximum, BITS)
+        yield f"agrees_with_one_process AdamW largest {backend}", partial(agrees_with_one_process, maximum, equal)
         for rounding in ("stochastic", "kahan"):
             case = partial(writes_back_the_bits_of_one_process, rounding, backend)
             yield f"writes_back_the_bits_of_one_process {rounding} {backend}", case
-        case = partial(sharded_gradients.rank_without_a_gradient_holds_up_none, backend)
+        case = partial(gradients.rank_without_a_gradient_holds_up_none, backend)
         yield f"rank_without_a_gradient_holds_up_none {backend}", case
     ring = {"lr": 1e-2, "transforms": [grokfast_ma(window=2, name="slow"), clip_by_norm(0.1)]}
     kinds = [("AdamW", False), *((name, True) for name in OPTIMIZERS if name not in ("Lion", "Grokfast"))]
@@ -211,14 +209,14 @@ def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
     for norm_type in (2.0, float("inf")):
         yield (
             f"nan_on_one_rank_reaches_all {norm_type}",
-            partial(sharded_gradients.nan_on_one_rank_reaches_all, norm_type),
+            partial(gradients.nan_on_one_rank_reaches_all, norm_type),
         )
     for law in (
         resumes_bitwise_in_one_process_and_back,
         takes_over_from_torch,
         ring_slots_stay_sharded_at_their_dtype,
-        *sharded_gradients.LAWS,
-        *sharded_units.LAWS,
+        *gradients.LAWS,
+        *units.LAWS,
     ):
         yield law.__name__, law
 

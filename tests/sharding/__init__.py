@@ -1,0 +1,1 @@
+"""Sharded parameters, on two processes of one machine."""
