@@ -86,7 +86,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "gradkit": gradkit.__version__,
-        "protocol": protocol.PROTOCOL,
+        "protocol": ("Quick: tiny shapes, 3 rounds, no result. " if options.quick else "") + protocol.PROTOCOL,
         "shapes": {s.key: [len(s.tensors), s.elements] for s in (QUICK if options.quick else FULL)},
         "rows": [report.record(ROWS[name], {n: ROWS[n] for n in results}, results) for name in results],
     }

@@ -28,7 +28,8 @@ PROTOCOL = (
     "overwritten: 12 are moved), so a step in place can reach more than 100 %. Extra memory: VmHWM after writing 5 to "
     "/proc/self/clear_refs and one warm step, above what was resident before. Start-up: first step on ResNet-50's "
     "shapes, state included, less a warm step, with empty caches in a fresh process. Host work: a step of 300 tensors "
-    "of one element; moved: every gradient is another tensor than a step before."
+    "of one element; moved: every gradient is another tensor than a step before. MLP: beside torch's default AdamW, "
+    "with clip_grad_norm_ where the row clips."
 )
 
 

@@ -11,6 +11,7 @@ from .rows import Row
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"gradkit": "#1f6fb4", "torch": "#444444"}
 PEER_COLOUR = "#d98a3d"
+LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 Record = Mapping[str, Any]
 COLUMNS = (
     "| | bytes | ResNet-50: ms | ratio | per byte | of copy | GPT-2: ms | ratio | per byte | of copy | extra MiB "
@@ -120,15 +121,16 @@ def plot(data: Record, file: Path) -> None:
             ratio = row.get(part, {}).get("ratio")
             if ratio is not None:
                 axes.barh(y + shift, ratio, 0.36, color=colour, alpha=alpha)
-                axes.text(ratio * 1.03, y + shift, f"{ratio:.2f}", va="center", fontsize=7)
+                axes.text(ratio * 1.05, y + shift, f"{ratio:.2f}", va="center", fontsize=7, bbox=LABEL, zorder=4)
         limit = next((bar["limit"] for bar in row["bars"] if bar["what"].endswith("ratio to fused")), None)
         if limit is not None:
-            axes.plot([limit, limit], [y - 0.42, y + 0.42], color="#c01f2e", linewidth=2)
+            axes.plot([limit, limit], [y - 0.42, y + 0.42], color="#c01f2e", linewidth=2, zorder=3)
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xscale("log")
-    axes.set_xlabel("time of a step / time of torch.optim.AdamW(fused=True), log scale")
+    axes.set_xlim(left=min(0.5, axes.get_xlim()[0]))
+    axes.set_xlabel("time of a step / time of torch.optim.AdamW(fused=True), log scale", fontsize=9)
     axes.set_title(f"{data['cpu']}, {data['threads']} threads, {data['date']}", fontsize=9)
     ticks = [t for t in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
@@ -136,7 +138,7 @@ def plot(data: Record, file: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=c, label=n) for n, c in (*COLOURS.items(), ("other packages", PEER_COLOUR))]
     handles += [Patch(color="#888888", alpha=0.55, label="pale: ResNet-50, 25.6M")]
-    handles += [Patch(color="#888888", label="full: GPT-2, 124M"), Patch(color="#c01f2e", label="the row's bar")]
+    handles += [Patch(color="#888888", label="full: GPT-2, 124M"), Patch(color="#c01f2e", label="limit for the row")]
     figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file, dpi=130)
     plt.close(figure)

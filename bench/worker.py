@@ -12,7 +12,7 @@ import torch
 
 from . import protocol
 from .protocol import Contender, Model
-from .rows import LR, ROWS, Row
+from .rows import LR, ROWS, Row, WithClip
 from .shapes import FULL, QUICK, Shape
 
 Part = dict[str, Any]
@@ -63,9 +63,9 @@ def of_other(make: Callable[[Any], Any], shape: Shape) -> Contender:
 
 
 def mlp(row: Row, shape: Shape) -> Part:
-    """Microseconds of a step on a small model, beside torch's default AdamW."""
+    """Microseconds of a step on a small model, beside torch's default AdamW, with torch's clipping if the row clips."""
     model, other = Model(shape.tensors, row.dtype), Model(shape.tensors)
-    default = torch.optim.AdamW(other.params, lr=LR)
+    default = WithClip(other.params) if "clip" in row.algorithm else torch.optim.AdamW(other.params, lr=LR)
     contenders = {"row": warm(model, row.make(model.params).step), "torch": warm(other, default.step)}
     seconds = sum(times[0] for times in protocol.race(contenders, 1).values())
     times = protocol.race(contenders, protocol.affordable(shape.rounds, seconds))

@@ -51,8 +51,9 @@ def entries() -> list[Entry]:
     def ademamix(params: Params, steps: int) -> torch.optim.Optimizer:
         # A beta3 of 0.9999 averages over 10,000 steps, of which this run has a tenth: 0.99 fits its length. alpha and
         # beta3 grow to their values over the run, as in the paper.
-        warmups = {"alpha_warmup": steps, "beta3_warmup": steps}
-        return gradkit.AdEMAMix(params, 3e-3, (*betas, 0.99), alpha=5.0, weight_decay=decay, **warmups)
+        return gradkit.AdEMAMix(
+            params, 3e-3, (*betas, 0.99), 5.0, weight_decay=decay, alpha_warmup=steps, beta3_warmup=steps
+        )
 
     def diffgrad(params: Params, steps: int) -> torch.optim.Optimizer:
         # Its default decay is the authors' L2; decoupled as for the others here.

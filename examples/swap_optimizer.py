@@ -50,8 +50,12 @@ class Run:
         return loss.item()
 
     def save(self, path: Path) -> None:
-        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        torch.save({name: part.state_dict() for name, part in parts.items()}, path)
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+        torch.save(state, path)
 
     def load(self, path: Path) -> None:
         # weights_only: the file holds tensors and numbers alone, so a file from elsewhere can't run code here.

@@ -3,6 +3,8 @@
     python examples/your_own_rule.py
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +39,7 @@ def numbers(betas, eps, step):
     }
 
 
-def optimizer_for(params, lr: float) -> gradkit.Optimizer:
+def optimizer_for(params: Iterable[Tensor], lr: float) -> gradkit.Optimizer:
     """The write, weight decay, checkpoints and backends come from Optimizer."""
     # Named, so that the arguments stand in the groups ("mean_absolute.betas"): editable, scheduled, saved.
     own = gradkit.chain(mean_absolute, derive=numbers, name="mean_absolute", betas=(0.9, 0.99), eps=1e-8)
@@ -77,9 +79,9 @@ def main() -> None:
     # What one parameter would do next, after each link, on copies: nothing has moved when this returns.
     nn.functional.mse_loss(model(x), y).backward()
     weight = next(model.parameters())
-    before = weight.detach().clone()
+    before, gradient = weight.detach().clone(), torch.as_tensor(weight.grad)
     print("\ntrace of the first weight, its first three elements:")
-    print(f"  {'gradient':<16}", *(f"{v:+.5f}" for v in weight.grad.flatten()[:3].tolist()))
+    print(f"  {'gradient':<16}", *(f"{v:+.5f}" for v in gradient.flatten()[:3].tolist()))
     trace = dict(optimizer.trace(weight))
     for name, value in trace.items():
         print(f"  {name:<16}", *(f"{v:+.5f}" for v in value.flatten()[:3].tolist()))

@@ -74,7 +74,8 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
                 last, eager = batch.program.passes[-1], Eager(batch)
                 (part,) = eager.parts(last, t)
                 seen = eager.walk(last, part, lambda name, u: steps.append((name, u.clone())))
-                part.p, part.residual = part.p.clone(), part.residual if part.residual is None else part.residual.clone()
+                rest = part.residual
+                part.p, part.residual = part.p.clone(), rest if rest is None else rest.clone()
                 eager.write(part, seen["p"], t)
                 steps[-1] = "write", part.p
     return steps

@@ -22,14 +22,13 @@ REMEDY: dict[type, str] = {
     ast.Pow: "write x * x, or compute the scalar in derive",
     ast.Mod: "compute the scalar in derive",
     ast.FloorDiv: "compute the scalar in derive",
-    ast.Eq: "compare with <, <=, > or >=",
-    ast.NotEq: "compare with <, <=, > or >=",
     ast.Subscript: "give each scalar a name of its own in derive",
     ast.Attribute: "import the function by its name",
     ast.AugAssign: "write name = name + x",
     ast.AnnAssign: "write name = expression",
     ast.Lambda: "write a function marked @fn",
 }
+CALLED: dict[type, str] = {ast.Expr: "a bare expression", ast.Assign: "assigning to anything but one name"}
 
 
 class RuleError(TypeError):
@@ -44,65 +43,55 @@ class Code:
     """
 
     def __init__(self, fn: Callable[..., Any], varies: Callable[[str], bool], scalar_math: bool = False):
-        self.fn, self.scalar_math = fn, scalar_math
-        self.name = getattr(fn, "__name__", "rule")
-        self.file, self.first = "?", 1
+        if not inspect.isfunction(fn) or fn.__name__ == "<lambda>":
+            raise RuleError(f"{fn!r} is not in the rule language; write a function with def")
+        self.fn, self.scalar_math, self.name = fn, scalar_math, fn.__name__
+        self.file, self.first = fn.__code__.co_filename, fn.__code__.co_firstlineno
+        self.params = list(inspect.signature(fn).parameters)
+        self.kinds = {name: "value" if varies(name) else "scalar" for name in self.params}
         self.calls: list[Code] = []
         self.statements: list[str] = []
         self.returns: list[str] = []
         self.symbol = ""
         self.no_source = ""  # why there is no C, for rules typed into a prompt
-        if self.name == "<lambda>" or not inspect.isfunction(fn):
-            raise RuleError(f"{fn!r} is not in the rule language; write a function with def")
-        self.params = list(inspect.signature(fn).parameters)
         if fn.__closure__:
-            raise RuleError(
-                f"{fn.__code__.co_filename}:{fn.__code__.co_firstlineno}: {self.name}: a closure over "
-                f"{', '.join(fn.__code__.co_freevars)} is not in the rule language; pass each as a scalar argument"
-            )
+            self.refuse(None, f"a closure over {', '.join(fn.__code__.co_freevars)}", "pass each as a scalar argument")
         try:
             lines, self.first = inspect.getsourcelines(fn)
         except (OSError, TypeError):
             self.no_source = f"the source of {self.name} can't be read: put it into a file or a notebook cell"
             return
-        self.file = inspect.getsourcefile(fn) or "?"
-        node = ast.parse(textwrap.dedent("".join(lines))).body[0]
+        node: Any = ast.parse(textwrap.dedent("".join(lines))).body[0]
         if not isinstance(node, ast.FunctionDef):
             self.refuse(node, "anything but a plain function", "write it with def")
-        self.kinds = {name: "value" if varies(name) else "scalar" for name in self.params}
-        self.check_parameters(node)
-        self.check_body(node)
-        text = " ".join((*self.params, *self.statements, *self.returns))
-        self.symbol = f"fn_{self.name}_{crc32(text.encode()):08x}"  # two helpers of one name may differ
-
-    def refuse(self, node: ast.AST, what: str, remedy: str) -> NoReturn:
-        line = self.first + getattr(node, "lineno", 1) - 1
-        raise RuleError(f"{self.file}:{line}: {self.name}: {what} is not in the rule language; {remedy}")
-
-    def check_parameters(self, node: ast.FunctionDef) -> None:
         a = node.args
         if a.vararg or a.kwarg or a.kwonlyargs or a.posonlyargs or a.defaults:
             self.refuse(node, "a parameter list with *, / or defaults", "use plain parameters; defaults go into derive")
+        self.body(node, node.body[1:] if ast.get_docstring(node) is not None else node.body)
+        text = " ".join((*self.params, *self.statements, *self.returns))
+        self.symbol = f"fn_{self.name}_{crc32(text.encode()):08x}"  # two helpers of one name may differ
 
-    def check_body(self, node: ast.FunctionDef) -> None:
-        body = list(node.body)
-        if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            body = body[1:]
-        if not body or not isinstance(body[-1], ast.Return) or body[-1].value is None:
-            bad = next((s for s in body if type(s) in REMEDY), node)
-            self.refuse(bad, "a body without a final return" if bad is node else self.called(bad), self.remedy(bad))
-        for statement in body[:-1]:
-            self.assignment(statement)
-        result: Any = body[-1].value
-        for x in result.elts if isinstance(result, ast.Tuple) else [result]:
+    def refuse(self, node: ast.AST | None, what: str = "", remedy: str = "") -> NoReturn:
+        what = what or CALLED.get(type(node), type(node).__name__.lower())
+        remedy = remedy or REMEDY.get(type(node), "write name = expression, then a final return")
+        line = self.first + getattr(node, "lineno", 1) - 1
+        raise RuleError(f"{self.file}:{line}: {self.name}: {what} is not in the rule language; {remedy}")
+
+    def body(self, node: ast.AST, statements: list[Any]) -> None:
+        *before, last = statements or [None]
+        for s in before if isinstance(last, ast.Return) else statements:
+            self.assignment(s)
+        if not isinstance(last, ast.Return) or last.value is None:
+            self.refuse(node, "a body without a final return", "end with return u, <each slot in order>")
+        for x in last.value.elts if isinstance(last.value, ast.Tuple) else [last.value]:
             kind, c = self.number(x)
             if kind != "value" and not self.scalar_math:
                 self.refuse(x, "returning what does not vary over elements", "return a value made of u, p, g or a slot")
             self.returns.append(c)
 
-    def assignment(self, s: ast.stmt) -> None:
+    def assignment(self, s: Any) -> None:
         if not (isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name)):
-            self.refuse(s, self.called(s), self.remedy(s))
+            self.refuse(s)
         kind, c = self.expression(s.value)
         name = s.targets[0].id
         before = self.kinds.get(name)
@@ -110,16 +99,6 @@ class Code:
             self.refuse(s, f"{name} changing between a number and a mask", "use another name")
         self.kinds[name] = kind
         self.statements.append(("" if before else "int " if kind == "mask" else "T ") + f"v_{name} = {c};")
-
-    @staticmethod
-    def called(node: ast.AST) -> str:
-        return {"Expr": "a bare expression", "Assign": "assigning to anything but one name"}.get(
-            type(node).__name__, type(node).__name__.lower()
-        )
-
-    @staticmethod
-    def remedy(node: ast.AST) -> str:
-        return REMEDY.get(type(node), "write name = expression, then a final return")
 
     def number(self, node: ast.expr) -> tuple[str, str]:
         kind, c = self.expression(node)
@@ -133,19 +112,15 @@ class Code:
             self.refuse(node, "a number used as a mask", "compare it, e.g. x > 0.5")
         return c
 
-    def varying(self, node: ast.AST, kinds: list[str]) -> str:
-        if "value" in kinds:
-            return "value"
-        if not self.scalar_math:
+    def varying(self, node: ast.AST, *kinds: str) -> str:
+        if "value" not in kinds and not self.scalar_math:
             self.refuse(node, "arithmetic among scalars", "compute it in derive and ask for the result by name")
-        return "scalar"
+        return "value" if "value" in kinds else "scalar"
 
     def expression(self, n: ast.expr) -> tuple[str, str]:
         """The kind of an expression, and its C."""
         handler = getattr(self, f"on_{type(n).__name__.lower()}", None)
-        if handler is None:
-            self.refuse(n, self.called(n), REMEDY.get(type(n), "only names, floats, + - * /, one comparison, calls"))
-        return handler(n)
+        return handler(n) if handler else self.refuse(n)
 
     def on_name(self, n: ast.Name) -> tuple[str, str]:
         if n.id not in self.kinds:
@@ -163,7 +138,7 @@ class Code:
         if not isinstance(n.op, ast.USub):
             self.refuse(n, type(n.op).__name__.lower(), REMEDY.get(type(n.op), "only -x and ~mask"))
         kind, c = self.number(n.operand)
-        return kind if kind == "literal" else self.varying(n, [kind]), f"(-{c})"
+        return kind if kind == "literal" else self.varying(n, kind), f"(-{c})"
 
     def on_binop(self, n: ast.BinOp) -> tuple[str, str]:
         if isinstance(n.op, ast.BitAnd | ast.BitOr):
@@ -172,7 +147,7 @@ class Code:
         if type(n.op) not in ARITHMETIC:
             self.refuse(n, type(n.op).__name__.lower(), REMEDY.get(type(n.op), "only + - * / and & | between masks"))
         (left, a), (right, b) = self.number(n.left), self.number(n.right)
-        return self.varying(n, [left, right]), f"({a} {ARITHMETIC[type(n.op)]} {b})"
+        return self.varying(n, left, right), f"({a} {ARITHMETIC[type(n.op)]} {b})"
 
     def on_boolop(self, n: ast.BoolOp) -> NoReturn:
         self.refuse(n, f"`{type(n.op).__name__.lower()}`", REMEDY[type(n.op)])
@@ -181,8 +156,7 @@ class Code:
         if len(n.ops) > 1:
             self.refuse(n, "a chained comparison", "write (a < b) & (b < c)")
         if type(n.ops[0]) not in COMPARISON:
-            what = type(n.ops[0]).__name__.lower()
-            self.refuse(n, f"the comparison {what}", REMEDY.get(type(n.ops[0]), "only < <= > >="))
+            self.refuse(n, f"the comparison {type(n.ops[0]).__name__.lower()}", "compare with <, <=, > or >=")
         (left, a), (right, b) = self.number(n.left), self.number(n.comparators[0])
         if "value" not in (left, right) and not self.scalar_math and {left, right} != {"scalar", "literal"}:
             self.refuse(n, "comparing two scalars", "derive a gate (1.0 or 0.0) and compare it with 0.5")
@@ -195,28 +169,20 @@ class Code:
         if n.keywords or any(isinstance(x, ast.Starred) for x in n.args):
             self.refuse(n, f"calling {name} with keywords or *", "give the arguments by position")
         f = None if name in self.kinds else self.fn.__globals__.get(name)
-        if isinstance(f, Fn):
-            self.arity(n, len(f.code.params))
-            if f.code.no_source:
-                self.no_source = self.no_source or f.code.no_source
-            self.calls.append(f.code)
-            kinds, cs = zip(*map(self.number, n.args), strict=True)
-            return self.varying(n, list(kinds)), f"{f.code.symbol}({', '.join(cs)})"
-        if f is None or not getattr(f, "is_op", False):
+        if f is None or not (isinstance(f, Fn) or getattr(f, "is_op", False)):
             self.refuse(n, f"calling {name}", "only functions of gradkit.ops and functions marked @fn, by name")
-        name = f.__name__  # also when imported under another name
-        self.arity(n, len(inspect.signature(f).parameters))
-        if name == "where":
-            condition = self.mask(n.args[0])
-            (yes, a), (no, b) = self.number(n.args[1]), self.number(n.args[2])
-            return self.varying(n, [yes, no]), f"({condition} ? {a} : {b})"
-        kinds, cs = zip(*map(self.number, n.args), strict=True)
-        kind = self.varying(n, list(kinds))
-        return "mask" if name == "isfinite" else kind, f"k_{name}({', '.join(cs)})"
-
-    def arity(self, n: ast.Call, wanted: int) -> None:
+        wanted = len(f.code.params) if isinstance(f, Fn) else len(inspect.signature(f).parameters)
         if len(n.args) != wanted:
-            self.refuse(n, f"a call with {len(n.args)} arguments", f"it takes {wanted}")
+            self.refuse(n, f"{name} with {len(n.args)} arguments", f"it takes {wanted}")
+        if f.__name__ == "where":
+            condition, (yes, a), (no, b) = self.mask(n.args[0]), *map(self.number, n.args[1:])
+            return self.varying(n, yes, no), f"({condition} ? {a} : {b})"
+        kinds, cs = zip(*map(self.number, n.args), strict=True)
+        kind, symbol = self.varying(n, *kinds), f"k_{f.__name__}"  # its own name, also where imported under another
+        if isinstance(f, Fn):
+            self.calls.append(f.code)
+            self.no_source, symbol = self.no_source or f.code.no_source, f.code.symbol
+        return "mask" if f.__name__ == "isfinite" else kind, f"{symbol}({', '.join(cs)})"
 
 
 def op(function: F) -> F:

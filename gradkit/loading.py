@@ -21,10 +21,11 @@ def same_class(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> bool:
 
 
 def pairs(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict, Mapping[str, Any]]]:
-    """Each parameter with its group and what the file has of its state."""
+    """Each parameter with its group as it will be, and what the file has of its state."""
+    same = same_class(optimizer, state_dict)
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for p, i in zip(group["params"], saved["params"], strict=True):
-            yield p, group, state_dict["state"].get(i, {})
+            yield p, {**group, **saved} if same else group, state_dict["state"].get(i, {})
 
 
 def check(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
@@ -36,9 +37,9 @@ def check(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
             f"{who}.load_state_dict: the state dict has groups of {counts[1]} parameters, this optimizer {counts[0]}; "
             f"make the optimizer for the same model and groups"
         )
-    if not same_class(optimizer, state_dict):
-        return
-    for n, (p, _, saved) in enumerate(pairs(optimizer, state_dict)):
+    same = same_class(optimizer, state_dict)
+    for n, (p, group, saved) in enumerate(pairs(optimizer, state_dict)):
+        rings = optimizer.program(group).rings if same else ()
         for name, value in saved.items():
             if not isinstance(value, Tensor) or not value.dim():
                 continue
@@ -47,7 +48,7 @@ def check(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
                     f"{who}.load_state_dict: {name!r} of parameter {n} and the parameter must both be sharded or "
                     f"plain; use torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
                 )
-            if value.shape not in (p.shape, value.shape[:1] + p.shape):
+            if same and value.shape[name in rings :] != p.shape:
                 raise ValueError(
                     f"{who}.load_state_dict: {name!r} of parameter {n} has shape {tuple(value.shape)}, the parameter "
                     f"{tuple(p.shape)}; load a state dict that was saved for this model"

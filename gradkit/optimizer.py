@@ -10,8 +10,8 @@ from . import loading, sharding
 from .backends import choose
 from .chain import Chain, Placed, assemble
 from .explain import describe, trace
-from .options import BACKENDS, IN_GROUPS, Number, Range, check_values, own_defaults, split_options
-from .plan import DTYPES, Batch, Plan, Program
+from .options import DTYPES, IN_GROUPS, Number, Range, check_values, listed, own_defaults, split_options
+from .plan import Batch, Plan, Program
 from .scalars import plain
 from .transform import Measure
 from .transforms.decay import last_links
@@ -44,8 +44,7 @@ class Optimizer(torch.optim.Optimizer):
         self.chain, self.transforms = chain, tuple(given.pop("transforms", ()))
         self.backend = given.pop("backend", "auto")
         who = type(self).__name__
-        if self.backend not in BACKENDS:
-            check_values(who, {"backend": self.backend}, {}, {})
+        check_values(who, {"backend": self.backend}, {}, {})
         if chain is None and type(self).links is Optimizer.links:
             raise TypeError(f"{who}: give a chain: {who}(params, chain(...)), or use one of gradkit's classes")
         for c in (*self.transforms, *([chain] if chain is not None else [])):
@@ -88,7 +87,7 @@ class Optimizer(torch.optim.Optimizer):
         for p in params:
             tensor = p[1] if isinstance(p, tuple) else p
             if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES:
-                use = "torch.view_as_real" if tensor.is_complex() else f"one of {', '.join(map(str, DTYPES))}"
+                use = "torch.view_as_real" if tensor.is_complex() else f"one of {listed(DTYPES)}"
                 raise TypeError(f"{who}: a parameter of dtype {tensor.dtype} is not supported: use {use}")
         super().add_param_group(param_group)
         self._plan = None
@@ -108,7 +107,7 @@ class Optimizer(torch.optim.Optimizer):
         made = Program(assemble(self.transforms, self.links(group), l2, last), bool(group["maximize"]))
         return self._programs.setdefault(made.key(), made)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # traced, the host's table would be baked in
+    @torch._disable_dynamo  # traced, the table of scalars would be baked in
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, for the parameters that have a gradient; without any it does nothing.

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 from .chain import Chain
 
 Number = float | torch.Tensor  # a hyperparameter
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DECAYS = ("decoupled", "l2", "independent", "cautious", "none")
 BACKENDS = ("auto", "eager", "chunked", "native", "triton")
 ROUNDINGS = ("nearest", "stochastic", "kahan")
@@ -61,6 +62,15 @@ SEED = Range("a whole number in [0, 2**32)", lambda x: 0 <= x < 2**32 and x == i
 RANGES = {"lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "eps": POSITIVE, "betas": FRACTION, "seed": SEED}
 
 
+def listed(choices: Iterable[Any]) -> str:
+    return ", ".join(map(repr, choices))
+
+
+def hint(given: Any, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(given), known, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def check_number(who: str, name: str, value: Any, allowed: Range) -> None:
     """Raise if a hyperparameter isn't a number of its range."""
     if value is None and allowed.optional:
@@ -81,12 +91,9 @@ def check_values(
     """Raise if a value of a group, or an option, is not one that can be used."""
     for name, value in values.items():
         if name in CHOICES and value not in CHOICES[name]:
-            close = difflib.get_close_matches(str(value), CHOICES[name], 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{who}: {name}={value!r}: use one of {', '.join(map(repr, CHOICES[name]))}{hint}")
-        floating = isinstance(value, torch.dtype) and value.is_floating_point
-        if name == "state_dtype" and value is not None and not floating:
-            raise TypeError(f"{who}: state_dtype={value!r}: use a floating torch.dtype, e.g. torch.float32, or None")
+            raise ValueError(f"{who}: {name}={value!r}: use one of {listed(CHOICES[name])}{hint(value, CHOICES[name])}")
+        if name == "state_dtype" and value not in (None, *DTYPES):
+            raise TypeError(f"{who}: state_dtype={value!r}: use None or one of {listed(DTYPES)}")
         allowed = ranges.get(name) or RANGES.get(name)
         if allowed is None:
             continue
@@ -102,9 +109,9 @@ def check_values(
 
 def own_defaults(cls: type) -> dict[str, Any]:
     """The hyperparameters that the constructors of a class name, with their defaults."""
-    signatures = [inspect.signature(vars(c)["__init__"]) for c in cls.__mro__ if "__init__" in vars(c)]
-    named = {n: p.default for s in reversed(signatures) for n, p in s.parameters.items() if p.kind != p.VAR_KEYWORD}
-    return {n: default for n, default in named.items() if n not in ("self", "params", "chain")}
+    signatures = [inspect.signature(vars(c)["__init__"]) for c in reversed(cls.__mro__) if "__init__" in vars(c)]
+    named = [p for s in signatures for p in s.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return {p.name: p.default for p in named if p.name not in ("self", "params", "chain", "defaults")}
 
 
 def split_options(optimizer: Any, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -113,9 +120,7 @@ def split_options(optimizer: Any, given: dict[str, Any]) -> tuple[dict[str, Any]
     known = {*Options.__annotations__, *own_defaults(type(optimizer))}
     for name, value in given.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"{who}() got an unexpected argument {name}={value!r}{hint}")
+            raise TypeError(f"{who}() got an unexpected argument {name}={value!r}{hint(name, known)}")
     for name in TORCH_FLAGS:
         if given.get(name):
             raise ValueError(f"{who}: {name}={given[name]!r} has no meaning here; choose how steps run with backend=")

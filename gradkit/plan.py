@@ -16,8 +16,6 @@ from .transform import Measure, Rule
 if TYPE_CHECKING:
     from .backends import Eager, Native
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 class Pass:
     """The rules up to a measure, recomputed, which store nothing; or all rules, and the stores."""

@@ -98,10 +98,10 @@ def test_evidence_goes_on_with_the_rows_it_has(tmp_path: Path, monkeypatch: pyte
     kept = {"title": "T", "setting": "s", "table": [["", "a"], ["b", "c"]], "gates": {"gate": False}}
     kept |= {"word": "w", "date": "d", "seconds": 1, "machine": "m"}
     (tmp_path / "evidence.json").write_text(json.dumps({"ademamix": kept}))
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.syspath_prepend(str(ROOT))
     arguments = ["evidence.py", "--only", "diffgrad", "--cap", "5", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
-    importlib.import_module("evidence").main()
+    importlib.import_module("bench.evidence").main()
     rows = json.loads((tmp_path / "evidence.json").read_text())
     assert rows["ademamix"] == kept and set(rows) == {"ademamix", "diffgrad"}
     assert "- NOT MET: gate" in (tmp_path / "evidence.md").read_text(), "a missed gate stands on the page"

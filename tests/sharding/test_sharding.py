@@ -5,14 +5,11 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from gradkit import sharding
 from gradkit.backends import ccache
 from tests.sharding import cases
 from tests.sharding.world import run_world
-
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch is built without torch.distributed")
 
 
 @pytest.fixture(scope="module")

@@ -129,10 +129,19 @@ def what_cannot_be_stepped_is_refused_before_anything_changed(_: Path) -> None:
     refuses(lambda: sharding.local_grad(split, torch.ones(3)), "both must be of one kind")
 
 
+def plain_state_is_refused_for_a_sharded_parameter(_: Path) -> None:
+    plain, split = nn.Parameter(torch.ones(4)), nn.Parameter(shard(torch.ones(4), Shard(0)))
+    plain.grad = torch.ones(4)
+    old, new = gradkit.AdamW([plain]), gradkit.AdamW([split])
+    old.step()
+    refuses(lambda: new.load_state_dict(old.state_dict()), "set_optimizer_state_dict")
+    assert not new.state
+
+
 def refuses(call: Callable, why: str) -> None:
     try:
         call()
-    except TypeError as e:
+    except (TypeError, ValueError) as e:
         assert why in str(e), e
     else:
         raise AssertionError(f"nothing was raised about {why}")
@@ -144,4 +153,5 @@ LAWS = (
     replicas_are_counted_once,
     gradient_is_brought_into_its_parameters_placements,
     what_cannot_be_stepped_is_refused_before_anything_changed,
+    plain_state_is_refused_for_a_sharded_parameter,
 )

@@ -1,4 +1,4 @@
-"""The rules compiled by Triton for sm_90, which needs no GPU: what is in the code, and that an edit gives other code."""
+"""The rules compiled by Triton for sm_90, which needs no GPU: what the code holds, and that edits change it."""
 
 import importlib.util
 import os

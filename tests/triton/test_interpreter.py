@@ -1,4 +1,4 @@
-"""The rules through Triton's interpreter, beside the same rules called on torch tensors. Start with TRITON_INTERPRET=1."""
+"""The rules through Triton's interpreter, beside the same rules called on torch tensors."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""One rule for each operation, and kernels that run a rule on a few numbers; the rules are in the rule language alone."""
+"""One rule for each operation, and kernels that run a rule on a few numbers."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from gradkit.ops import absolute, exp, isfinite, lerp, log, maximum, minimum, si
 
 @rule
 def arithmetic(u, p):
-    return (u - p) * -u + 0.3 / (p * 3.0)
+    return (u - p) * -u + p / 0.3 - 3.0
 
 
 @rule

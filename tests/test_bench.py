@@ -1,0 +1,212 @@
+"""The bench: its shapes, its arithmetic, its record. Nothing here depends on how fast anything is."""
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as main
+from bench import bars, protocol, report, worker
+from bench.rows import BF16_BYTES, BYTES, ROWS, Row, of
+from bench.shapes import FULL, GPT2, MLP, QUICK, RESNET50
+
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE = [row for row in ROWS.values() if row.limits == "native"]
+MISSING = Row("nobody", "no-such-package", "AdamW", 28, of("no_such_package_of_anybody", "AdamW"))
+
+
+def test_shapes_are_those_of_the_models():
+    assert (len(RESNET50.tensors), RESNET50.elements) == (161, 25_557_032)
+    assert (len(GPT2.tensors), GPT2.elements) == (148, 124_439_808)
+    assert (len(MLP.tensors), MLP.elements) == (4, 10_010)
+
+
+def test_every_shape_has_at_least_nine_rounds():
+    assert all(shape.rounds >= protocol.LEAST_ROUNDS for shape in FULL)
+
+
+def test_race_interleaves_and_rotates():
+    order, ticks = [], itertools.count()
+    contenders = {
+        name: protocol.Contender(lambda name=name: order.append(name), lambda name=name: order.append(f"before {name}"))
+        for name in "abc"
+    }
+    times = protocol.race(contenders, 3, clock=lambda: float(next(ticks)))
+    assert [name for name in order if len(name) == 1] == list("abcbcacab")
+    assert order[:2] == ["before a", "a"]
+    assert times == {name: [1.0, 1.0, 1.0] for name in "abc"}
+
+
+def test_preparing_is_not_timed():
+    now = [0.0]
+
+    def later(seconds):
+        now[0] += seconds
+
+    contender = protocol.Contender(lambda: later(1.0), lambda: later(100.0))
+    assert protocol.race({"row": contender}, 2, clock=lambda: now[0]) == {"row": [1.0, 1.0]}
+
+
+def test_figures_are_medians_and_ratios():
+    times = {"row": [2e-3, 9e-3, 3e-3], "fused": [2e-3, 2e-3, 7e-3], "copy": [1e-3, 1e-3, 1e-3], "other": [6e-3] * 3}
+    part = protocol.figures(times, "row", elements=1_000_000, bytes_=42)
+    assert part["rounds"] == 3
+    assert (part["ms"], part["ms_low"], part["ms_high"], part["fused_ms"]) == pytest.approx((3.0, 2.0, 9.0, 2.0))
+    assert part["ratio"] == pytest.approx(1.5)
+    assert part["ratio_per_byte"] == pytest.approx(1.5 / (42 / 28))
+    assert part["copy_gb_s"] == pytest.approx(8.0)
+    assert part["copy_share"] == pytest.approx((42e6 / 3e-3) / (8e6 / 1e-3))
+    assert part["others"] == pytest.approx({"other": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("rounds", "seconds", "left"), [(300, 1e-4, 300), (300, 0.02, 100), (300, 60.0, 9), (3, 60.0, 3)]
+)
+def test_slow_rows_get_fewer_rounds_but_never_too_few(rounds, seconds, left):
+    assert protocol.affordable(rounds, seconds) == left
+
+
+def test_gradients_that_a_step_changes_or_drops_are_put_back():
+    model = protocol.Model(((3,), (2, 2)))
+    before = [g.clone() for g in model.grads]
+
+    def spoil():
+        model.params[0].grad.mul_(2)
+        model.params[1].grad = None
+
+    contender = model.contender(spoil)
+    contender.prepare()
+    assert all(torch.equal(p.grad, b) for p, b in zip(model.params, before, strict=True))
+
+
+def test_gradients_that_a_step_leaves_alone_stay_the_same_tensors():
+    model = protocol.Model(((3,),))
+    contender = model.contender(lambda: None)
+    assert contender.prepare is protocol.nothing
+    assert model.params[0].grad is model.grads[0]
+
+
+def test_moved_gradients_are_other_tensors_of_the_same_values():
+    model = protocol.Model(((3,),))
+    contender = model.moving(lambda: None)
+    seen = []
+    for _ in range(3):
+        contender.prepare()
+        seen.append(model.params[0].grad)
+    assert seen[0] is seen[2] and seen[0] is not seen[1]
+    assert torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc, which only Linux has")
+def test_extra_memory_sees_a_temporary_that_is_gone_after_the_step():
+    size = 64 * 2**20
+    extra = protocol.extra_memory(protocol.Contender(lambda: torch.ones(size // 4).sum()))
+    if extra is None:
+        pytest.skip("this kernel doesn't let a process clear its peak")
+    assert 60 < extra < 80
+    assert protocol.extra_memory(protocol.Contender(lambda: None)) < 4
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS.values() if r.package == "gradkit"], ids=lambda r: r.name)
+def test_bytes_of_a_row_are_those_of_its_plan(row):
+    optimizer = row.make([torch.nn.Parameter(torch.ones(3, dtype=row.dtype))])
+    assert f"; {row.bytes} bytes an element" in optimizer.explain()
+
+
+def test_the_five_optimizers_and_the_chain_have_bars():
+    assert {"AdamW", "Lion", "DiffGrad", "AdEMAMix", "Grokfast", "own"} <= {row.algorithm for row in NATIVE}
+    assert BYTES.keys() == BF16_BYTES.keys()
+
+
+def test_the_own_chain_has_five_links():
+    explained = ROWS["gradkit, own chain of five links"].make([torch.nn.Parameter(torch.ones(3))]).explain()
+    links = re.search(r"chain: (.*)", explained).group(1).split(" -> ")
+    assert links[-2:] == ["decay", "write"] and len(links) == 7
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(0.99, "ok"), (1.0, "ok"), (1.01, "MISS"), (math.nan, "MISS")])
+def test_adamw_may_take_as_long_as_fused(ratio, verdict):
+    found = bars.bars(ROWS["gradkit AdamW"], {}, {"gradkit AdamW": {"resnet50": {"ratio": ratio}}})
+    assert [b.verdict for b in found if b.what == "ResNet-50: ratio to fused"] == [verdict]
+
+
+def test_other_rows_may_take_a_tenth_more_than_their_bytes():
+    assert bars.ratio_limit(ROWS["gradkit Lion"]) == pytest.approx(1.1 * 20 / 28)
+    assert bars.ratio_limit(ROWS["gradkit AdEMAMix"]) == pytest.approx(1.1 * 36 / 28)
+
+
+def test_what_was_not_measured_is_a_miss():
+    assert {bar.verdict for bar in bars.bars(ROWS["gradkit Lion"], {}, {})} == {"MISS"}
+
+
+def test_chunked_has_to_be_twice_as_fast_as_foreach():
+    row = ROWS["gradkit AdamW chunked"]
+    results = {row.name: {key: {"others": {"torch AdamW foreach": r}} for key, r in (("resnet50", 0.4), ("gpt2", 0.6))}}
+    assert [bar.verdict for bar in bars.bars(row, {}, results)] == ["ok", "MISS"]
+
+
+def test_a_row_has_to_beat_the_fastest_peer_of_its_algorithm():
+    results = {
+        "gradkit Lion": {"resnet50": {"ratio": 0.8}, "gpt2": {"ratio": 0.8}},
+        "torch-optimi Lion": {"resnet50": {"ratio": 0.9}, "gpt2": {"ratio": 0.7}},
+        "bitsandbytes Lion": {"resnet50": {"ratio": 5.0}, "gpt2": {"ratio": 5.0}},
+        "heavyball AdamW": {"resnet50": {"ratio": 0.1}, "gpt2": {"ratio": 0.1}},
+    }
+    found = bars.bars(ROWS["gradkit Lion"], ROWS, results)
+    assert [(b.limit, b.verdict) for b in found if "torch-optimi" in b.what] == [(0.9, "ok"), (0.7, "MISS")]
+    assert not any("heavyball" in b.what for b in found)
+
+
+def test_a_package_that_cannot_be_imported_is_a_row_with_the_reason():
+    parts = dict(worker.measure(MISSING, QUICK))
+    row = report.record(MISSING, {}, {"nobody": parts})
+    assert row["resnet50"]["why"].startswith("ModuleNotFoundError: No module named 'no_such_package_of_anybody'")
+    assert "No module named" in report.line(row)
+    assert report.line(row).count("|") == report.COLUMNS.count("|")
+
+
+def test_what_an_optimizer_raises_is_a_row_with_the_reason():
+    def cannot(params):
+        raise NotImplementedError("needs a GPU\nand more")
+
+    parts = dict(worker.measure(Row("no", "no", "AdamW", 28, cannot), QUICK))
+    assert report.reason({"name": "no", **parts}) == "NotImplementedError: needs a GPU"
+
+
+def test_parts_are_found_between_what_a_package_prints():
+    assert main.collect('hello\n{"mlp": {"us": 1}}\n3\n{"host": {"us": 2}}\n') == {"mlp": {"us": 1}, "host": {"us": 2}}
+
+
+def test_a_quick_run_writes_the_record_the_table_and_the_plot(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot is drawn by matplotlib, of the extra bench")
+    names = ["gradkit Lion", "flashoptim FlashLion"]
+    command = [sys.executable, "-m", "bench", "--quick", "--out", str(tmp_path), "--rows", *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("cpu-*.json")
+    data = json.loads(file.read_text())
+    assert {"date", "commit", "device", "cpu", "threads", "python", "torch", "gradkit", "protocol"} <= data.keys()
+    ours, peer = data["rows"]
+    for part in (ours["resnet50"], ours["gpt2"]):
+        assert {"ms", "fused_ms", "ratio", "ratio_per_byte", "copy_share", "extra_mib", "startup_s"} <= part.keys()
+        assert part["rounds"] == 3
+    assert ours["mlp"].keys() >= {"us", "torch_us", "ratio"} and ours["host"].keys() >= {"us", "moved_us"}
+    assert ours["bars"] and not peer["bars"]
+    assert find_spec("flashoptim") or peer["resnet50"]["why"].startswith("ModuleNotFoundError")
+    page = file.with_suffix(".md").read_text()
+    assert all(name in page for name in names)
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert all(line in page and line in done.stdout for line in report.misses(data["rows"]))
+
+
+def test_a_miss_is_printed_plainly():
+    row = report.record(ROWS["gradkit Lion"], {}, {"gradkit Lion": {"resnet50": {"ratio": 0.95}}})
+    assert "MISS gradkit Lion: ResNet-50: ratio to fused: 0.95, bar 0.786" in report.misses([row])
+    assert "MISS gradkit Lion: host work, us: not measured, bar 200" in report.misses([row])

@@ -1,0 +1,358 @@
+"""The rule language: all that it refuses, where and with which remedy; all that it takes, with the meaning of Python's."""
+
+import copy
+import importlib.util
+import math
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import gradkit
+from gradkit import RuleError, Stage, chain, fn, measure, rule
+from gradkit.ops import absolute, exp, isfinite, lerp, minimum, sign, sqrt, tanh, where
+from gradkit.ops import maximum as larger
+from tests.runs import ran_on
+
+HEAD = "import torch\nfrom gradkit import derive, fn, measure, rule, Stage\nfrom gradkit.ops import *\nK = 2.0\n"
+REFUSED: dict[str, tuple[str, str]] = {  # a body of f(u, s, k, j), the line at fault marked; what and remedy in the message
+    "and": ("u = where(u > 0.0 and s > 0.0, u, s)  #<", "`and`.*combine masks with &"),
+    "or": ("u = where(u > 0.0 or s > 0.0, u, s)  #<", "`or`.*combine masks with |"),
+    "not": ("u = where(not u > 0.0, u, s)  #<", "write the opposite comparison, or ~mask"),
+    "chained comparison": ("u = where(0.0 < u < 1.0, u, s)  #<", r"chained comparison.*\(a < b\) & \(b < c\)"),
+    "equal": ("u = where(u == s, u, s)  #<", "compare with <, <=, > or >="),
+    "not equal": ("u = where(u != s, u, s)  #<", "compare with <, <=, > or >="),
+    "is": ("u = where(u is s, u, s)  #<", "<= > >=|<=, > or >="),
+    "in": ("u = where(u in s, u, s)  #<", "<= > >=|<=, > or >="),
+    "power": ("u = u ** 2.0  #<", "write x [*] x, or compute the scalar in derive"),
+    "modulo": ("u = u % 2.0  #<", "compute the scalar in derive"),
+    "floor division": ("u = u // 2.0  #<", "compute the scalar in derive"),
+    "matrix product": ("u = u @ s  #<", r"[+] - [*] /"),
+    "xor": ("u = where((u > 0.0) ^ (s > 0.0), u, s)  #<", "[+] - [*] /|&"),
+    "shift": ("u = u << 1.0  #<", "[+] - [*] /"),
+    "if": ("if k > 0.5:  #<\n        u = -u", r"where\(mask, a, b\)"),
+    "if expression": ("u = u if k > 0.5 else s  #<", r"where\(mask, a, b\)"),
+    "for": ("for _ in range(3):  #<\n        u = u + s", "write the terms out"),
+    "while": ("while True:  #<\n        u = u + s", "write the terms out"),
+    "comprehension": ("u = sum([u for _ in range(2)])  #<", "functions of gradkit.ops|only names"),
+    "with": ("with torch.no_grad():  #<\n        u = u + s", "name = expression"),
+    "assert": ("assert k > 0.0  #<", "name = expression"),
+    "bare expression": ("sqrt(u)  #<", "bare expression.*name = expression"),
+    "import": ("import math  #<", "name = expression"),
+    "inner function": ("def inner(x):  #<\n        return x", "name = expression"),
+    "global": ("global K  #<", "name = expression"),
+    "early return": ("return u, s  #<", "name = expression, then a final return"),
+    "augmented": ("u += s  #<", "write name = name [+] x"),
+    "annotated": ("x: float = u  #<", "write name = expression"),
+    "two targets": ("x, y = u, s  #<", "name = expression"),
+    "chained targets": ("x = y = u  #<", "name = expression"),
+    "walrus": ("u = (x := u) + s  #<", "only names"),
+    "subscript": ("u = u[0]  #<", "give each scalar a name of its own in derive"),
+    "attribute": ("u = u.T  #<", "import the function by its name"),
+    "method": ("u = u.sqrt()  #<", "import the function by its name"),
+    "module's function": ("u = torch.sqrt(u)  #<", "import the function by its name"),
+    "lambda inside": ("u = (lambda x: x)(u)  #<", "plain name|@fn"),
+    "builtin": ("u = max(u, s)  #<", "calling max.*gradkit.ops.*@fn"),
+    "function": ("u = helper(u)  #<", "calling helper.*gradkit.ops.*@fn"),
+    "rule": ("u = other(u)  #<", "calling other.*gradkit.ops.*@fn"),
+    "number of the module": ("u = u * K  #<", "K"),
+    "unknown name": ("u = u * nowhere  #<", "nowhere"),
+    "keyword": ("u = lerp(u, s, w=k)  #<", "by position"),
+    "star": ("u = sqrt(*u)  #<", "by position"),
+    "too few": ("u = where(u > 0.0, u)  #<", "takes 3"),
+    "too many": ("u = sqrt(u, s)  #<", "takes 1"),
+    "whole number": ("u = 2 * u  #<", r"2\.0"),
+    "text": ("u = u * 'k'  #<", "float"),
+    "true": ("u = where(True, u, s)  #<", "float|compare"),
+    "infinite literal": ("u = minimum(u, 1e999)  #<", "finite|float"),
+    "unary plus": ("u = +u  #<", "[+]|uadd|-x"),
+    "mask as number": ("u = u * (u > 0.0)  #<", r"where\(mask, a, b\)"),
+    "gate by multiplication": ("u = u * (k > 0.5)  #<", r"where\(mask, a, b\)"),
+    "negated mask": ("u = where(-(u > 0.0), u, s)  #<", r"where\(mask, a, b\)|~"),
+    "number as mask": ("u = where(u, u, s)  #<", "compare it, e.g. x > 0.5"),
+    "scalar as mask": ("u = where(k, u, s)  #<", "compare it, e.g. x > 0.5"),
+    "and of numbers": ("u = where(u & s, u, s)  #<", "compare it, e.g. x > 0.5"),
+    "complement of a number": ("u = where(~u, u, s)  #<", "compare it, e.g. x > 0.5"),
+    "mask of masks": ("u = where(u > 0.0, u > 0.0, s > 0.0)  #<", r"where\(mask, a, b\)"),
+    "name changes its kind": ("u = u > 0.0  #<", "use another name"),
+    "scalars only": ("u = u * (1.0 - k)  #<", "arithmetic among scalars.*compute it in derive and ask for the result"),
+    "two scalars": ("u = u * (k * j)  #<", "arithmetic among scalars"),
+    "negated scalar times": ("x = -k  #<\n    u = u * x", "arithmetic among scalars"),
+    "function of a scalar": ("u = u * sqrt(k)  #<", "arithmetic among scalars"),
+    "choice among scalars": ("u = u * where(u > 0.0, k, j)  #<", "arithmetic among scalars"),
+    "comparing two scalars": ("u = where(k > j, u, s)  #<", "derive a gate"),
+    "comparing literals": ("u = where(1.0 > 0.5, u, s)  #<", "derive a gate"),
+}
+HEADERS: dict[str, tuple[str, str]] = {  # whole functions; what and remedy
+    "default": ("@rule\ndef f(u, k=1.0):  #<\n    return u * k", "defaults go into derive"),
+    "star": ("@rule\ndef f(u, *k):  #<\n    return u", "use plain parameters"),
+    "double star": ("@rule\ndef f(u, **k):  #<\n    return u", "use plain parameters"),
+    "keyword only": ("@rule\ndef f(u, *, k):  #<\n    return u * k", "use plain parameters"),
+    "positional only": ("@rule\ndef f(u, k, /):  #<\n    return u * k", "use plain parameters"),
+    "no return": ("@rule\ndef f(u, k):  #<\n    u = u * k", "final return"),
+    "only a docstring": ("@rule\ndef f(u, k):  #<\n    'It does nothing.'", "final return"),
+    "empty return": ("@rule\ndef f(u, k):  #<\n    return", "final return"),
+    "scalar returned": ("@rule\ndef f(u, k):\n    return k  #<", "return a value made of u, p, g or a slot"),
+    "literal returned": ("@rule\ndef f(u):\n    return 0.0  #<", "return a value made of u, p, g or a slot"),
+    "mask returned": ("@rule\ndef f(u):\n    return u > 0.0  #<", r"where\(mask, a, b\)"),
+    "slot missing": ("@rule(slots=('s',))  #<\ndef f(u, s):\n    return u", "returns 1 values; it must return u, s"),
+    "p missing": ("@rule(stage=Stage.WRITE, uses=('s',))  #<\ndef f(u, p, s):\n    return p", "must return p, s"),
+    "two from an fn": ("@fn  #<\ndef f(u):\n    return u, u", "an @fn returns one number"),
+    "refused in an fn": ("@fn\ndef f(u):\n    return u ** 2.0  #<", "write x [*] x"),
+    "async": ("@rule\nasync def f(u):  #<\n    return u", "def"),
+    "generator": ("@rule\ndef f(u):\n    yield u  #<\n    return u", "name = expression"),
+    "refused in a map": (
+        "@measure(scope='all', reduce={'t': 'sum'}, gives=('c',), finish=end)\ndef f(u):\n    return u // 2.0  #<",
+        "compute the scalar in derive",
+    ),
+}
+OUTSIDE = "@fn\ndef end(t):\n    return t\nend = end.fn\ndef helper(x):\n    return x\n@rule\ndef other(u):\n    return u\n"
+
+
+def load(folder: Path, text: str) -> ModuleType:
+    """A module of this text, in a file that Python can show the source of."""
+    path = folder / f"rules_{abs(hash(text))}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_refused(folder: Path, text: str, message: str) -> None:
+    line = 1 + text[: text.index("#<")].count("\n")
+    with pytest.raises(RuleError) as raised:
+        load(folder, text)
+    said = str(raised.value)
+    assert re.match(rf".*rules_\d+\.py:{line}: f:? ", said), f"line {line} expected: {said}"
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_construct_outside_the_language_is_refused_where_it_stands(name, tmp_path):
+    body, message = REFUSED[name]
+    text = f"{HEAD}{OUTSIDE}\n@rule(slots=('s',))\ndef f(u, s, k, j):\n    'Something.'\n    {body}\n    return u, s\n"
+    assert_refused(tmp_path, text, message)
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_function_of_another_form_is_refused_where_it_stands(name, tmp_path):
+    text, message = HEADERS[name]
+    assert_refused(tmp_path, f"{HEAD}{OUTSIDE}\n{text}\n", message)
+
+
+def test_the_refused_body_is_fine_without_its_line(tmp_path):
+    """So that no test above fails for another reason than the one it names."""
+    module = load(tmp_path, f"{HEAD}{OUTSIDE}\n@rule(slots=('s',))\ndef f(u, s, k, j):\n    'Something.'\n    return u, s\n")
+    assert module.f.scalars == ("k", "j")
+
+
+def test_lambdas_closures_and_other_callables_are_refused():
+    outer = 2.0
+
+    def closed(u):
+        return u * outer
+
+    for bad, remedy in ((lambda u: u, "with def"), (closed, "outer.*pass each as a scalar"), (print, "with def")):
+        with pytest.raises(RuleError, match=remedy):
+            rule(bad)
+    with pytest.raises(RuleError, match=rf"{re.escape(__file__)}:\d+: closed"):
+        rule(closed)
+
+
+def wrong_orders() -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
+    def no_u(x):
+        return x
+
+    def slot_behind_scalar(u, k, s):
+        return u * k, s
+
+    def p_behind_slot(u, s, p):
+        return u * p, s
+
+    def g_behind_scalar(u, k, g):
+        return u * k * g
+
+    def borrowed_first(u, b, s):
+        return u, b, s
+
+    def slot_unnamed(u, t):
+        return u * t, t
+
+    yield no_u, {}
+    yield slot_behind_scalar, {"slots": ("s",)}
+    yield p_behind_slot, {"slots": ("s",)}
+    yield g_behind_scalar, {}
+    yield borrowed_first, {"slots": ("s",), "uses": ("b",)}
+    yield slot_unnamed, {"slots": ("s",)}
+
+
+@pytest.mark.parametrize(("function", "given"), wrong_orders(), ids=lambda x: getattr(x, "__name__", ""))
+def test_parameters_stand_in_one_order(function, given):
+    with pytest.raises(RuleError, match=rf"{function.__name__}\(.*the parameters are u, then p and g if wanted, then"):
+        rule(**given)(function)
+
+
+def test_measures_and_derives_have_forms_of_their_own():
+    def total(u):
+        return absolute(u)
+
+    def finish(t, k):
+        return 1.0 - k * t  # arithmetic among scalars is what a finish is for
+
+    good = {"scope": "all", "reduce": {"t": "sum"}, "gives": ("c",), "finish": finish}
+    assert measure(**good)(total).scalars == ("k",)
+
+    def sees_a_slot(u, s):
+        return u * s
+
+    def needs_two(t, v):
+        return t, v
+
+    def branches(t):
+        return t if t > 0.0 else 0.0
+
+    for change, kind, message in (
+        ({"scope": "row"}, ValueError, "scope='row'; use 'tensor' or 'all'"),
+        ({"reduce": {"t": "median"}}, ValueError, "'median'; use one of sum, mean, max"),
+        ({"reduce": {"t": "sum", "v": "sum"}}, RuleError, "returns 1 values; reduce names"),
+        ({"finish": needs_two}, RuleError, "finish"),
+        ({"finish": branches}, RuleError, r"where\(mask, a, b\)"),
+        ({"reduce": {"other": "sum"}}, RuleError, "finish takes"),
+    ):
+        with pytest.raises(kind, match=message):
+            measure(**{**good, **change})(total)
+    with pytest.raises(RuleError, match="a measure maps u, and p and g"):
+        measure(**good)(sees_a_slot)
+    with pytest.raises(TypeError, match="has no parameter 'step'"):
+        gradkit.derive("step")(finish)
+
+
+@fn
+def halved(x):
+    return 0.5 * x
+
+
+@fn
+def softened(x, limit):
+    """An @fn may call another, and take values and scalars."""
+    small = halved(x)
+    return where(absolute(x) > limit, tanh(small) * limit, x)
+
+
+@rule(slots=("s",))
+def everything_allowed(u, p, g, s, k, gate):
+    """All constructs at once."""
+    both = (u > 0.0) & (g <= k) | ~(p >= 1e-1)
+    v = -u + 2.0 * k / (1.0 + exp(-p))  # a comment
+    v = where(both & isfinite(v), v, lerp(v, s, k))
+    v = where(gate > 0.5, v, -3.5e-1)
+    v = softened(
+        larger(v, minimum(s, k)),
+        k,
+    )
+    t = where(sign(u) < 0.25, s, k)
+    return v * sqrt(absolute(g)), t - u * 0.125
+
+
+@gradkit.derive("step")
+def given(step):
+    return {"k": 0.75, "gate": step > 1}
+
+
+def by_hand(u: torch.Tensor, p: torch.Tensor, s: torch.Tensor, k: float, gate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    both = ((u > 0) & (u <= k)) | ~(p >= 0.1)
+    v = -u + 2 * k / (1 + torch.exp(-p))
+    v = torch.where(both & v.isfinite(), v, v + (s - v) * k)
+    v = v if gate else torch.full_like(v, -0.35)
+    v = torch.maximum(v, s.clamp(max=k))
+    v = torch.where(v.abs() > k, torch.tanh(v / 2) * k, v)
+    return v * u.abs().sqrt(), torch.where(u.sign() < 0.25, s, torch.full_like(s, k)) - u * 0.125
+
+
+@pytest.mark.parametrize("backend", ["eager", "chunked", "native"])
+def test_all_that_is_taken_means_what_python_means(backend):
+    torch.manual_seed(0)
+    p = torch.randn(200, dtype=torch.float64, requires_grad=True)
+    optimizer = gradkit.Optimizer([p], chain(everything_allowed, derive=given), lr=0.1, backend=backend)
+    expected, slot = p.detach().clone(), torch.zeros(200, dtype=torch.float64)
+    for t in range(3):
+        p.grad = torch.randn(200, dtype=torch.float64)
+        p.grad[:2] = torch.tensor([torch.inf, 0.0])
+        u, slot = by_hand(p.grad, expected, slot, 0.75, t > 0)
+        expected = expected - 0.1 * u
+        optimizer.step()
+    assert ran_on(optimizer) == {backend}
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(optimizer.state[p]["s"], slot, rtol=1e-12, atol=1e-12)
+    assert slot.isinf().any() and expected[1:].isfinite().all()
+
+
+def typed_into_a_prompt(text: str, name: str) -> Any:
+    names: dict[str, Any] = {"rule": rule, "fn": fn, "where": where, "sign": sign, "halved": halved, "Stage": Stage}
+    exec(compile(text, "<stdin>", "exec"), names)
+    return names[name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "@rule(stage=Stage.GRAD)\ndef prompt(u):\n    return where(u > 0.0, u, 0.5 * u)",
+        "@fn\ndef leak(x):\n    return where(x > 0.0, x, 0.5 * x)\n@rule\ndef prompt(u):\n    return leak(u)",
+    ],
+    ids=["rule", "fn and rule"],
+)
+def test_a_rule_without_source_runs_on_eager_and_chunked_and_the_plan_says_so(text):
+    prompt = typed_into_a_prompt(text, "prompt")
+    runs = []
+    for backend, ran in (("auto", "chunked"), ("eager", "eager"), ("chunked", "chunked")):
+        p = torch.linspace(-1, 1, 5).requires_grad_()
+        optimizer = gradkit.Optimizer([p], chain(prompt), lr=0.5, backend=backend)
+        p.grad = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
+        optimizer.step()
+        assert ran_on(optimizer) == {ran}
+        assert ("the source of prompt can't be read" in optimizer.explain()) == (backend == "auto")
+        runs.append(p.detach())
+    assert torch.equal(runs[0], torch.tensor([-0.5, -0.25, 0.0, 0.0, 0.0]))
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    optimizer = gradkit.Optimizer([p], chain(prompt), backend="native")
+    with pytest.raises(RuntimeError, match="backend='native' can't run: the source of prompt can't be read.*'auto'"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3)) and not optimizer.state and float(optimizer.param_groups[0]["clock"]) == 0
+
+
+def test_rules_derives_and_measures_pickle_by_name():
+    from gradkit.optim.adamw import adam, adam_scalars
+    from gradkit.transforms.clip import squares
+
+    for link in (everything_allowed, given, adam, adam_scalars, squares):
+        assert pickle.loads(pickle.dumps(link)) is link
+        assert copy.deepcopy(link) is link and copy.deepcopy([link])[0] is link
+    whole = chain(everything_allowed, derive=given)
+    again = pickle.loads(pickle.dumps(whole))
+    assert again.items == whole.items and again.derive is given
+
+    @rule
+    def local(u):
+        return u
+
+    with pytest.raises(pickle.PicklingError, match="local.*at the top level of a module"):
+        pickle.dumps(local)
+
+
+def test_a_rule_is_still_the_function():
+    u, p, s = torch.tensor([0.5, -2.0]), torch.tensor([1.0, 2.0]), torch.zeros(2)
+    out, slot = everything_allowed(u, p, u, s, torch.tensor(0.75), torch.tensor(1.0))
+    wanted, kept = by_hand(u, p, s, 0.75, True)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(slot, kept)
+    assert everything_allowed.name == "everything_allowed" and everything_allowed.fn.__doc__ == "All constructs at once."
+    assert float(lerp(torch.tensor(1.0), torch.tensor(3.0), 0.5)) == 2.0 and math.isclose(halved(3.0), 1.5)
