@@ -124,7 +124,7 @@ def plot(data: Record, file: Path) -> None:
                 axes.text(ratio * 1.05, y + shift, f"{ratio:.2f}", va="center", fontsize=7, bbox=LABEL, zorder=4)
         limit = next((bar["limit"] for bar in row["bars"] if bar["what"].endswith("ratio to fused")), None)
         if limit is not None:
-            axes.plot([limit, limit], [y - 0.42, y + 0.42], color="#c01f2e", linewidth=2, zorder=3)
+            axes.plot([limit, limit], [y - 0.42, y + 0.42], color="#c01f2e", linewidth=2, zorder=5)
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)

@@ -25,7 +25,7 @@ def _tensors(name: str, *args: Number) -> tuple[Tensor, ...]:
 def sqrt(x: Number) -> Tensor:
     (x,) = _tensors("sqrt", x)
     if x.dtype == torch.float64 and x.device.type == "cpu":
-        return torch.as_tensor(np.sqrt(x.numpy()))  # torch's own is 1 ulp off for 1.4 % of all values,
+        return torch.as_tensor(np.sqrt(x.detach().numpy()))  # torch's own is 1 ulp off for 1.4 % of all values,
     return x.double().sqrt().to(x.dtype)  # in float32 for 15-20 %, and right by way of float64
 
 

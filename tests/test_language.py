@@ -250,7 +250,7 @@ def softened(x, limit):
 def everything_allowed(u, p, g, s, k, gate):
     """All constructs at once."""
     both = (u > 0.0) & (g <= k) | ~(p >= 1e-1)
-    v = -u + 2.0 * k / (1.0 + exp(-p))  # a comment
+    v = -u + p * 2.0 * k / (1.0 + exp(-p))  # a comment
     v = where(both & isfinite(v), v, lerp(v, s, k))
     v = where(gate > 0.5, v, -3.5e-1)
     v = softened(
@@ -268,7 +268,7 @@ def given(step):
 
 def by_hand(u: torch.Tensor, p: torch.Tensor, s: torch.Tensor, k: float, gate: bool) -> tuple[torch.Tensor, torch.Tensor]:
     both = ((u > 0) & (u <= k)) | ~(p >= 0.1)
-    v = -u + 2 * k / (1 + torch.exp(-p))
+    v = -u + p * 2 * k / (1 + torch.exp(-p))
     v = torch.where(both & v.isfinite(), v, v + (s - v) * k)
     v = v if gate else torch.full_like(v, -0.35)
     v = torch.maximum(v, s.clamp(max=k))
