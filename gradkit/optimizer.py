@@ -174,8 +174,7 @@ class Optimizer(torch.optim.Optimizer):
         for batch in batches:
             batch.backend, _ = choose(self.backend, batch)
         self._make_state({p for p, g in zip(params, grads, strict=True) if p.requires_grad or g is not None})
-        for batch in batches:
-            batch.attach(self.state)
+        plan.attach(self.state)
         return plan
 
     def _make_state(self, wanted: set[Tensor]) -> None:

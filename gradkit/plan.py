@@ -1,6 +1,7 @@
 """From groups and gradients to batches and passes: what runs, over which tensors, in which order. No math."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -100,48 +101,42 @@ class Batch:
 
     def attach(self, state: Mapping[Tensor, dict]) -> None:
         """Take hold of the state, which exists by now."""
-        self.state = [state[p] for p in self.owners]
+        states = [state[p] for p in self.owners]
         self.params = [sharding.local(p.detach()) for p in self.owners]
         self.pointers = [p.data_ptr() for p in self.params]
         numel = [[p.numel()] for p in self.params]
         self.numel = torch.tensor(numel, dtype=torch.float64, device=self.device)
         self.logical = [sharding.logical_index(p) if self.rounding == "stochastic" else 0 for p in self.owners]
-        self.held = {n: [s[n] for s in self.state] for n in self.program.slots}
-        if self.rounding == "kahan":
-            self.held["compensation"] = [s["compensation"] for s in self.state]
-        self.slots = {n: [sharding.local(t) for t in ts] for n, ts in self.held.items()}
+        names = [*self.program.slots, *["compensation"] * (self.rounding == "kahan")]
+        self.slots = {n: [sharding.local(s[n]) for s in states] for n in names}
         self.counters: dict[str, np.ndarray] = {}
         for name in self.program.scalars.counters:  # one vector; the state holds 0-d views of it
-            vector = torch.stack([s[name] for s in self.state])
-            for s, view in zip(self.state, vector.unbind(), strict=True):
+            vector = torch.stack([s[name] for s in states])
+            for s, view in zip(states, vector.unbind(), strict=True):
                 s[name] = view
-            self.held[name] = [s[name] for s in self.state]
             self.counters[name] = vector.numpy()
         columns = len(self.program.scalars.measured)
         self.measured = torch.zeros(len(self.owners), max(1, columns), dtype=self.compute, device=self.device)
         self.contiguous = all(p.is_contiguous() for p in self.params)
         self.row = self.first = np.zeros(0, np.int32)
 
-    def fits(self, state: Mapping[Tensor, dict], grads: Sequence[Tensor]) -> bool:
-        """Whether parameters, gradients and state are still what was planned for."""
+    def fits(self, grads: Sequence[Tensor]) -> bool:
+        """Whether parameters stand where they stood, and gradients are of the planned kind."""
         params = [sharding.local(p) for p in self.owners] if self.sharded else self.owners
-        return (
-            all(map(is_, map(state.get, self.owners), self.state))
-            and all(all(map(is_, [s.get(n) for s in self.state], ts)) for n, ts in self.held.items())
-            and [p.data_ptr() for p in params] == self.pointers
-            and all([(g := grads[i]).dtype is self.gdtype and g.layout is torch.strided for i in self.index])
-        )
+        mine = [grads[i] for i in self.index]
+        kinds = {g.dtype for g in mine} | {g.layout for g in mine}
+        return [p.data_ptr() for p in params] == self.pointers and kinds == {self.gdtype, torch.strided}
 
     def bind(self, grads: Sequence[Tensor]) -> None:
         """Take this step's gradients; one of another layout is copied into its parameter's."""
         self.grads = [grads[i] for i in self.index]
         if self.sharded:
             self.grads = [sharding.local_grad(g, p) for g, p in zip(self.grads, self.owners, strict=True)]
-        if self.contiguous and all(g.is_contiguous() for g in self.grads):
-            return
-        for t, (g, p) in enumerate(zip(self.grads, self.params, strict=True)):
-            if g.stride() != p.stride():
-                self.grads[t] = torch.empty_like(p, dtype=g.dtype).copy_(g)
+        if not (self.contiguous and all([g.is_contiguous() for g in self.grads])):
+            for t, (g, p) in enumerate(zip(self.grads, self.params, strict=True)):
+                if g.stride() != p.stride():
+                    self.grads[t] = torch.empty_like(p, dtype=g.dtype).copy_(g)
+        self.gradients = [g.data_ptr() for g in self.grads]
 
     def begin(self, clock: float) -> None:
         """Count the step and make the table: a row for each distinct (group, counters)."""
@@ -205,6 +200,16 @@ def detour(p: Tensor, rounding: str) -> str:
     return ""
 
 
+def everything(state: Mapping[Tensor, dict]) -> list[Any]:
+    """All objects that a state consists of."""
+    return [*state, *state.values(), *chain.from_iterable(map(dict.values, state.values()))]
+
+
+def same(these: list[Any], those: list[Any]) -> bool:
+    """Whether two lists hold the very same objects."""
+    return len(these) == len(those) and all(map(is_, these, those))
+
+
 class Plan:
     """Batches and the order of their passes, for one set of parameters with gradients."""
 
@@ -214,13 +219,19 @@ class Plan:
         self.schedule = schedule(batches)
         self.sharded = any(map(sharding.is_sharded, params))  # also those without a gradient on this rank
 
-    def fits(self, state: Mapping, params: list[Tensor], grads: Sequence[Tensor | None], structure: list) -> bool:
+    def attach(self, state: Mapping[Tensor, dict]) -> None:
+        for batch in self.batches:
+            batch.attach(state)
+        self.state = everything(state)
+
+    def fits(self, state: Mapping, params: list[Tensor], grads: Sequence[Any], structure: list) -> bool:
+        """Whether nothing has changed but values: the same parameters, state, options and kinds of gradients."""
         return (
-            len(params) == len(self.params)
-            and all(map(is_, params, self.params))
+            same(params, self.params)
             and [g is None for g in grads] == self.missing
             and structure == self.structure
-            and all(b.fits(state, grads) for b in self.batches)  # type: ignore[arg-type]
+            and same(everything(state), self.state)
+            and all([b.fits(grads) for b in self.batches])
         )
 
     def measure(self, ready: list[tuple[Batch, Pass]], group: Mapping[str, Any], clock: float) -> None:

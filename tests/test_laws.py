@@ -105,6 +105,19 @@ def test_stochastic_and_kahan_follow_float32_where_nearest_stalls(dtype, backend
     assert moved["stochastic"].unique().numel() > 3
 
 
+@each_backend
+def test_kahan_keeps_the_bits_of_a_parameter_on_a_tie(backend):
+    """1 + 3/128 with half a unit left over rounds to its even neighbour: a step that moves nothing must not round."""
+    p = torch.tensor([1.0234375], dtype=BF16, requires_grad=True)
+    optimizer = gradkit.Lion([p], lr=0.0, rounding="kahan", backend=backend)
+    optimizer.init_state()
+    optimizer.state[p]["compensation"].fill_(2**-8)
+    ((before, *after),) = replay(optimizer, [p], [[np.ones(1)]] * 2, backend=backend)
+    assert float(before) + 2**-8 == 1.02734375 and torch.tensor(1.02734375).to(BF16) != before
+    assert_equal(after[-1], before)
+    assert optimizer.state[p]["compensation"].item() == 2**-8
+
+
 def test_the_seed_chooses_the_random_bits():
     left = []
     for seed in (0, 0, 1):

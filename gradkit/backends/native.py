@@ -97,9 +97,8 @@ class Compiled:
         if job is None:
             self.prepare()
             job = self.job
-        gradients = [g.data_ptr() for g in b.grads]
-        if gradients != self.gradients:
-            self.pointers[1] = self.gradients = gradients
+        if b.gradients != self.gradients:
+            self.pointers[1] = self.gradients = b.gradients
         for r, name in self.rings:
             ring = b.slots[name]
             bytes_ = np.array([t.stride(0) * t.element_size() for t in ring])
