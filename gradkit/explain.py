@@ -58,10 +58,9 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
     if not any(q is p for q in params) or p.grad is None:
         raise ValueError("trace: give a parameter of this optimizer that has a gradient: call it after backward()")
     plan = optimizer._make_plan(params, grads, [])
-    optimizer._plan = None  # its counters were taken apart
+    optimizer._plan = None  # its state was taken hold of anew
     clock = float(optimizer.param_groups[0]["clock"]) + 1
     for batch in plan.batches:
-        batch.counters = {n: v.copy() for n, v in batch.counters.items()}
         batch.backend = Eager(batch)
         batch.bind(grads)
         batch.begin(clock)

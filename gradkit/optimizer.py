@@ -41,10 +41,11 @@ class Optimizer(torch.optim.Optimizer):
         **options: Any,
     ):
         given, own = split_options(self, dict(options))
-        self.chain, self.transforms = chain, tuple(given.pop("transforms", ()))
-        self.backend = given.pop("backend", "auto")
-        who = type(self).__name__
-        check_values(who, {"backend": self.backend}, {}, {})
+        who, transforms = type(self).__name__, given.pop("transforms", ())
+        if not isinstance(transforms, list | tuple):
+            raise TypeError(f"{who}: transforms={transforms!r}: give a list, e.g. transforms=[clip_by_norm(1.0)]")
+        self.chain, self.transforms, self.backend = chain, tuple(transforms), given.pop("backend", "auto")
+        self._check_values({"backend": self.backend})
         if chain is None and type(self).links is Optimizer.links:
             raise TypeError(f"{who}: give a chain: {who}(params, chain(...)), or use one of gradkit's classes")
         for c in (*self.transforms, *([chain] if chain is not None else [])):
@@ -53,8 +54,11 @@ class Optimizer(torch.optim.Optimizer):
         self._plan: Plan | None = None
         self._programs: dict[tuple, Program] = {}
         defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
-        check_values(who, defaults, own_defaults(type(self)), self.ranges)
+        self._check_values(defaults)
         super().__init__(params, defaults)
+
+    def _check_values(self, values: Mapping[str, Any]) -> None:
+        check_values(type(self).__name__, values, own_defaults(type(self)), self.ranges)
 
     def links(self, group: Mapping[str, Any]) -> Chain:
         """The chain for one group: a pure function of its values."""
@@ -68,7 +72,7 @@ class Optimizer(torch.optim.Optimizer):
         for name in ("backend", "transforms"):
             if name in param_group:
                 raise ValueError(f"{who}: {name}= belongs to the optimizer, not to a group; give it to {who}(...)")
-        check_values(who, values, own_defaults(type(self)), self.ranges)
+        self._check_values(values)
         built_in = self.links(values)
         for c in (x for whole in (*self.transforms, built_in) for x in whole.walk()):
             for name, value in c.arguments.items():
@@ -93,7 +97,8 @@ class Optimizer(torch.optim.Optimizer):
         self._plan = None
 
     def _check_program(self, group: Mapping[str, Any]) -> None:
-        """Raise if the group's chain lacks an order, a slot's owner or a scalar."""
+        """Raise if a value can't be used, or the group's chain lacks an order, a slot's owner or a scalar."""
+        self._check_values(group)
         program = self.program(group)
         program.scalars.row(group, dict.fromkeys(program.scalars.counters, 1.0), 1.0)
         first = [*getattr(self, "param_groups", ()), group][0]
@@ -131,10 +136,12 @@ class Optimizer(torch.optim.Optimizer):
         for batch in plan.batches:
             batch.bind(grads)
         first = self.param_groups[0]
-        first["clock"] += 1
-        clock = float(first["clock"])
+        clock = float(first["clock"]) + 1
         for batch in plan.batches:
             batch.begin(clock)
+        first["clock"] += 1  # nothing has changed up to here
+        for batch in plan.batches:
+            batch.count()
         for ready in plan.schedule:
             plan.measure(ready, first, clock)
         for batch in plan.batches:

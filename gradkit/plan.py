@@ -139,19 +139,17 @@ class Batch:
         self.gradients = [g.data_ptr() for g in self.grads]
 
     def begin(self, clock: float) -> None:
-        """Count the step and make the table: a row for each distinct (group, counters)."""
-        vectors = self.counters
-        for v in vectors.values():
-            v += 1
-        if not len(self.row) or any((v[self.first][self.row] != v).any() for v in vectors.values()):
-            keys = list(zip(self.group, *(v.tolist() for v in vectors.values()), strict=True))
+        """Make the coming step's table: a row for each distinct (group, counters). Nothing is counted yet."""
+        self.after = {name: v + 1 for name, v in self.counters.items()}
+        if not len(self.row) or any((v[self.first][self.row] != v).any() for v in self.after.values()):
+            keys = list(zip(self.group, *(v.tolist() for v in self.after.values()), strict=True))
             distinct = {key: r for r, key in enumerate(dict.fromkeys(keys))}
             self.row = np.array([distinct[key] for key in keys], np.int32)
             self.first = np.array([keys.index(key) for key in distinct], np.int32)
         self.clock = clock
         cells, sets = [], []
         for t in self.first.tolist():
-            counters = {c: float(v[t]) for c, v in vectors.items()}
+            counters = {name: float(v[t]) for name, v in self.after.items()}
             row, set_ = self.program.scalars.row(self.groups[self.group[t]], counters, clock)
             cells.append(row)
             sets.append(set_)
@@ -159,10 +157,15 @@ class Batch:
         self.table = self.table64 if self.compute == torch.float64 else self.table64.astype(np.float32)
         self.rows = torch.from_numpy(self.table).to(self.device, non_blocking=True)
         if self.program.rings:
-            self.positions = (vectors["step"] - 1).astype(np.int64)
+            self.positions = (self.after["step"] - 1).astype(np.int64)
         for r, set_ in enumerate(sets):
             for name, value in set_.items():
-                vectors[name][self.row == r] = value
+                self.after[name][self.row == r] = value
+
+    def count(self) -> None:
+        """The step is applied: move the counters."""
+        for name, v in self.after.items():
+            self.counters[name][:] = v
 
     def entry(self, name: str, t: int) -> Tensor:
         """Tensor t's slot; of a ring the entry that this step replaces."""

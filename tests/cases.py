@@ -1,5 +1,6 @@
 """One row for each optimizer and transform: arguments, reference, goldens, limit identities."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,8 +56,7 @@ def sgd_behind(transform: Callable[..., Any]) -> Callable[..., gradkit.Optimizer
     """A transform as the whole optimizer: p <- p - lr transform(g)."""
 
     def build(params: Iterable[Any], **given: Any) -> gradkit.Optimizer:
-        shared = {**gradkit.Optimizer.__init__.__kwdefaults__, **gradkit.options.Options.__annotations__}
-        own = {k: given.pop(k) for k in list(given) if k not in shared}
+        own = {k: given.pop(k) for k in inspect.signature(transform).parameters if k in given}
         return gradkit.Optimizer(params, gradkit.chain(transform(**own)), **given)
 
     return build
