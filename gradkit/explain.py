@@ -1,5 +1,6 @@
 """The plan as text, and the update of one parameter link by link."""
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,15 +58,19 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
     grads = [q.grad for q in params]
     if not any(q is p for q in params) or p.grad is None:
         raise ValueError("trace: give a parameter of this optimizer that has a gradient: call it after backward()")
-    plan = optimizer._make_plan(params, grads, [])
-    optimizer._plan = None  # its state was taken hold of anew
+    state = optimizer.state
+    optimizer.state = defaultdict(dict, {q: dict(slots) for q, slots in state.items()})
+    try:
+        plan = optimizer._make_plan(params, grads, [])
+    finally:
+        optimizer.state = state
     clock = float(optimizer.param_groups[0]["clock"]) + 1
     for batch in plan.batches:
         batch.backend = Eager(batch)
         batch.bind(grads)
         batch.begin(clock)
     for ready in plan.schedule:
-        plan.measure(ready, optimizer.param_groups[0], clock)
+        plan.measure(ready, optimizer.param_groups, clock)
     steps: list[tuple[str, Tensor]] = []
     for batch in plan.batches:
         for t, q in enumerate(batch.owners):

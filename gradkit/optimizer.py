@@ -101,15 +101,15 @@ class Optimizer(torch.optim.Optimizer):
         self._check_values(group)
         program = self.program(group)
         program.scalars.row(group, dict.fromkeys(program.scalars.counters, 1.0), 1.0)
-        first = [*getattr(self, "param_groups", ()), group][0]
+        groups = [*getattr(self, "param_groups", ()), group]
         for piece in (x for x in program.pieces if isinstance(x.link, Measure) and x.link.scope == "all"):
-            program.scalars.shared(piece, first, 1.0)
-            check_shared(type(self).__name__, piece, [first, group])
+            program.scalars.shared(piece, groups, 1.0)
+            check_shared(type(self).__name__, piece, groups)
 
     def program(self, group: Mapping[str, Any]) -> Program:
         """The checked chain that a group runs."""
         l2, last = last_links(group["decay"], group["weight_decay"])
-        made = Program(assemble(self.transforms, self.links(group), l2, last), bool(group["maximize"]))
+        made = Program(assemble(self.transforms, self.links(group), l2, last), group)
         return self._programs.setdefault(made.key(), made)
 
     @torch._disable_dynamo  # traced, the table of scalars would be baked in
@@ -143,7 +143,7 @@ class Optimizer(torch.optim.Optimizer):
         for batch in plan.batches:
             batch.count()
         for ready in plan.schedule:
-            plan.measure(ready, first, clock)
+            plan.measure(ready, self.param_groups, clock)
         for batch in plan.batches:
             batch.backend.apply(batch.program.passes[-1])
             batch.grads = []
@@ -244,7 +244,7 @@ def check_shared(who: str, piece: Placed, groups: Sequence[Mapping[str, Any]]) -
     """Raise if an argument of a measure over all tensors, which has one value, differs between groups."""
     if len(groups) > 1 and piece.measure.scope == "all":
         for key in (f"{piece.chain.name}.{n}" for n in piece.chain.arguments):
-            values = [plain(g.get(key)) for g in groups]
+            values = [plain(g[key]) for g in groups if key in g]
             if values.count(values[0]) < len(values):
                 raise ValueError(
                     f"{who}: {key} is {values} in the groups: {piece.label} is over all tensors and has one value; "

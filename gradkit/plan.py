@@ -38,10 +38,10 @@ class Pass:
 class Program:
     """A chain that was checked: its scalars, slots and passes."""
 
-    def __init__(self, pieces: Sequence[Placed], maximize: bool):
-        self.pieces, self.maximize = pieces, maximize
-        self.scalars = Scalars(pieces)
+    def __init__(self, pieces: Sequence[Placed], group: Mapping[str, Any]):
+        self.pieces, self.maximize = pieces, bool(group["maximize"])
         owners = check_slots(pieces)
+        self.scalars = Scalars(pieces, group)
         self.slots = {name: slot for name, (_, slot) in owners.items()}
         self.rings = {name: piece for name, (piece, slot) in owners.items() if slot.kind == "ring"}
         for name, piece in self.rings.items():
@@ -237,7 +237,7 @@ class Plan:
             and all([b.fits(grads) for b in self.batches])
         )
 
-    def measure(self, ready: list[tuple[Batch, Pass]], group: Mapping[str, Any], clock: float) -> None:
+    def measure(self, ready: list[tuple[Batch, Pass]], groups: Sequence[Mapping[str, Any]], clock: float) -> None:
         """Reduce one measure over all its batches, complete it over shards, and give its results."""
         placed = ready[0][1].measured
         link = placed.measure
@@ -250,7 +250,7 @@ class Plan:
             parts = [totals] if link.scope == "all" else [totals[b.index].to(b.device) for b, _ in ready]
         if link.scope == "all":
             device = parts[0].device
-            cells = ready[0][0].program.scalars.shared(placed, group, clock)
+            cells = ready[0][0].program.scalars.shared(placed, groups, clock)
             columns = [torch.tensor(c, dtype=torch.float64, device=device) for c in cells]
             shared = finish(link, torch.cat([x.to(device) for x in parts]), columns)
         for i, (batch, ps) in enumerate(ready):

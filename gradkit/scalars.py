@@ -26,12 +26,14 @@ def plain(value: Any) -> Any:
 class Scalars:
     """Columns of one chain. Lookup: counters and clock, the chain's derive, measured, its arguments, the group."""
 
-    def __init__(self, pieces: Sequence[Placed]):
+    def __init__(self, pieces: Sequence[Placed], group: Mapping[str, Any]):
         self.of: list[list[Column]] = []  # for each link, in the order of its scalars
         self.rows: list[tuple[Placed, str]] = []
         self.measured: list[tuple[Chain, str]] = []
         self.derived = list({x.chain: x for x in pieces if x.chain.derive}.values())  # one link for each chain
         self.counters = list(dict.fromkeys(c for x in self.derived if (d := x.chain.derive) for c in d.counters))
+        ones = dict.fromkeys(self.counters, 1.0)
+        self.names = {(x.chain, n) for x in self.derived for n in (*derived(x, group, ones, 1.0), *ones)}
         for piece in pieces:
             over_all = isinstance(piece.link, Measure) and piece.link.scope == "all"
             self.of.append([] if over_all else [self.column(piece, name) for name in piece.link.scalars])
@@ -39,7 +41,7 @@ class Scalars:
                 self.measured += [(piece.chain, name) for name in piece.link.gives]
 
     def column(self, piece: Placed, name: str) -> Column:
-        if (piece.chain, name) in self.measured:
+        if (piece.chain, name) in self.measured and (piece.chain, name) not in self.names:
             return Column(True, self.measured.index((piece.chain, name)))
         known = [(x.chain, n) for x, n in self.rows]
         if (piece.chain, name) not in known:
@@ -52,13 +54,15 @@ class Scalars:
         made = {x.chain: derived(x, group, counters, clock) for x in self.derived}
         cells = []
         for piece, name in self.rows:
-            mine = {} if name in counters else made.get(piece.chain, {})
+            mine = {} if name in (*counters, "clock") else made.get(piece.chain, {})
             cells.append(number(piece, name, mine[name] if name in mine else look(piece, name, group, counters, clock)))
         return cells, {c: float(d[c]) for d in made.values() for c in self.counters if c in d}
 
 
-    def shared(self, piece: Placed, group: Mapping[str, Any], clock: float) -> list[float]:
-        """What `finish` of a measure over all tensors asks for: no counters, which each parameter has of its own."""
+    def shared(self, piece: Placed, groups: Sequence[Mapping[str, Any]], clock: float) -> list[float]:
+        """What `finish` of a measure over all tensors asks for: of the first group that holds the link, no counters."""
+        keys = [f"{piece.chain.name}.{name}" for name in piece.chain.arguments]
+        group = next((g for g in groups if any(key in g for key in keys)), groups[0])
         made = derived(piece, group, {}, clock)
         return [
             number(piece, n, made[n] if n in made else look(piece, n, group, {}, clock)) for n in piece.link.scalars

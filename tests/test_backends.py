@@ -114,7 +114,8 @@ def test_tensors_that_do_not_fill_their_last_block_are_eager_in_every_bit(name, 
 @pytest.mark.parametrize("name", INEXACT)
 def test_sums_and_polynomials_stay_within_the_table(name, storage, backend):
     torch.manual_seed(0)
-    start = [torch.randn(s).to(storage.dtype) for s in ((1,), (65,), (65537,), (0,))]
+    many = 65537 if storage.dtype == torch.float32 else 129  # two blocks: reductions do not know the storage
+    start = [torch.randn(s).to(storage.dtype) for s in ((1,), (65,), (many,), (0,))]
     start += [channels_last((2, 3, 5, 4), storage.dtype)]
     grads = [[torch.randn(p.shape).to(p.dtype) for p in start] for _ in range(3)]
     relative = tolerance("backends", storage.dtype, backend)

@@ -1,4 +1,4 @@
-"""Loading what another optimizer saved, or the same one with other values: what is taken, what stays, what is refused."""
+"""Loading what another optimizer saved, or the same one with other values: what is taken, what stays, is refused."""
 
 import copy
 import logging

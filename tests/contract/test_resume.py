@@ -200,7 +200,9 @@ def another_tensor(optimizer: Any, params: list[Tensor]) -> None:
 
 
 def another_dict(optimizer: Any, params: list[Tensor]) -> None:
-    optimizer.state[params[0]] = {k: x * 0 + 0.5 if x.dim() else x.clone() for k, x in optimizer.state[params[0]].items()}
+    optimizer.state[params[0]] = {
+        k: x * 0 + 0.5 if x.dim() else x.clone() for k, x in optimizer.state[params[0]].items()
+    }
 
 
 def written_in_place(optimizer: Any, params: list[Tensor]) -> None:

@@ -172,8 +172,12 @@ def test_hooks_run_around_a_step(make):
     seen: list[Any] = []
     before = values(params)
     handles = [
-        optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append(("pre", o, torch.equal(params[0], before[0])))),
-        optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append(("post", o, torch.equal(params[0], before[0])))),
+        optimizer.register_step_pre_hook(
+            lambda o, args, kwargs: seen.append(("pre", o, torch.equal(params[0], before[0])))
+        ),
+        optimizer.register_step_post_hook(
+            lambda o, args, kwargs: seen.append(("post", o, torch.equal(params[0], before[0])))
+        ),
         register_optimizer_step_pre_hook(lambda o, args, kwargs: seen.append(("global pre", o, True))),
         register_optimizer_step_post_hook(lambda o, args, kwargs: seen.append(("global post", o, False))),
     ]
@@ -236,7 +240,9 @@ class Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.tensors += [weakref.ref(x) for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
+        self.tensors += [
+            weakref.ref(x) for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)
+        ]
         return out
 
 

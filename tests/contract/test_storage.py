@@ -20,6 +20,7 @@ from tests.contract.rows import (
 from tests.tolerance import assert_equal
 
 BF16, FP16 = torch.bfloat16, torch.float16
+DECLARED_FLOAT32 = ("exp_avg_slow", "grad_head", "grad_tail")  # bfloat16 would lose their increments
 LOW = pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 
 
@@ -59,7 +60,7 @@ def test_state_dtype_is_that_of_the_slots(make):
     optimizer = make(params, state_dtype=BF16)
     train(optimizer, params, range(2))
     for name in make.row.slots:
-        kept = name in ("exp_avg_slow", "grad_head", "grad_tail")  # declared float32: bfloat16 would lose their increments
+        kept = name in DECLARED_FLOAT32
         assert {optimizer.state[p][name].dtype for p in params} == {torch.float32 if kept else BF16}
 
 
@@ -166,7 +167,9 @@ def test_a_parameter_that_is_not_contiguous_moves_as_one_that_is(make, made):
             p.grad, q.grad = g.clone().view(p.shape), g
         optimizer.step()
         other.step()
-    assert_same_numbers(make.row, [p.reshape(q.shape) for p, q in zip(values(params), plain, strict=True)], values(plain))
+    assert_same_numbers(
+        make.row, [p.reshape(q.shape) for p, q in zip(values(params), plain, strict=True)], values(plain)
+    )
     if made is strided:
         base = params[0].detach().as_strided((10, 12), (12, 1))
         assert int((base == 7.0).sum()) == 10 * 12 - 5 * 4  # what lies between was not touched
