@@ -129,7 +129,8 @@ def plot(data: Record, file: Path) -> None:
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xscale("log")
-    axes.set_xlim(left=min(0.5, axes.get_xlim()[0]))
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(0.5, low), 1.15 * high)  # room for the last label
     axes.set_xlabel("time of a step / time of torch.optim.AdamW(fused=True), log scale", fontsize=9)
     axes.set_title(f"{data['cpu']}, {data['threads']} threads, {data['date']}", fontsize=9)
     ticks = [t for t in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]

@@ -61,7 +61,7 @@ def gpt2() -> Iterator[tuple[int, ...]]:
 
 
 RESNET50 = Shape("resnet50", "ResNet-50", tuple(resnet50()), 15)
-GPT2 = Shape("gpt2", "GPT-2", tuple(gpt2()), 11)
+GPT2 = Shape("gpt2", "GPT-2", tuple(gpt2()), 9)
 MLP = Shape("mlp", "MLP", ((100, 89), (100,), (10, 100), (10,)), 300)
 HOST = Shape("host", "300 tensors of one element", ((1,),) * 300, 300)
 FULL = (RESNET50, GPT2, MLP, HOST)

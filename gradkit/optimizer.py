@@ -10,7 +10,7 @@ from . import loading, sharding
 from .backends import choose
 from .chain import Chain, Placed, assemble
 from .explain import describe, trace
-from .options import DTYPES, IN_GROUPS, Number, Range, check_values, listed, own_defaults, split_options
+from .options import DTYPES, IN_GROUPS, Number, Range, builtin, check_values, listed, own_defaults, split_options
 from .plan import Batch, Plan, Program
 from .scalars import plain
 from .transform import Measure
@@ -67,7 +67,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its values are checked first."""
-        values = {**self.defaults, **{k: v for k, v in param_group.items() if k != "params"}}
+        given = {k: builtin(v) for k, v in param_group.items() if k not in ("params", "param_names")}
+        values = {**{k: builtin(v) for k, v in self.defaults.items()}, **given}
         who = type(self).__name__
         for name in ("backend", "transforms"):
             if name in param_group:

@@ -4,8 +4,10 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from typing_extensions import TypedDict
 
@@ -62,6 +64,13 @@ SEED = Range("a whole number in [0, 2**32)", lambda x: 0 <= x < 2**32 and x == i
 RANGES = {"lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "eps": POSITIVE, "betas": FRACTION, "seed": SEED}
 
 
+def builtin(value: Any) -> Any:
+    """A number of numpy's as Python's own, which a file may hold."""
+    if isinstance(value, tuple | list):
+        return tuple(map(builtin, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def listed(choices: Iterable[Any]) -> str:
     return ", ".join(map(repr, choices))
 
@@ -79,7 +88,7 @@ def check_number(who: str, name: str, value: Any, allowed: Range) -> None:
     if isinstance(value, torch.Tensor):
         if value.dim() or value.is_cuda:
             raise TypeError(f"{shown}: a tensor hyperparameter is 0-d and lives on the CPU; use tensor.cpu()[...]")
-    elif isinstance(value, bool) or not isinstance(value, int | float):
+    elif isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{shown}: give {words}")
     if not allowed.holds(float(value)):
         raise ValueError(f"{shown}: give {words}")

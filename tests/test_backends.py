@@ -127,7 +127,7 @@ def test_sums_and_polynomials_stay_within_the_table(name, storage, backend):
             histories.append(replay(made, params, grads, backend=which))
         for ours, theirs in zip(*histories, strict=True):
             assert_follows([x.double().numpy() for x in ours], [x.double().numpy() for x in theirs], relative)
-            assert theirs[0].numel() == 0 or not torch.equal(theirs[0], theirs[-1])
+            assert theirs[0].numel() < 2 or not torch.equal(theirs[0], theirs[-1])
 
 
 @pytest.mark.parametrize("backend", ("eager", *OTHERS))

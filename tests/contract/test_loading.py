@@ -215,3 +215,29 @@ def test_a_tensor_lr_in_the_file_is_not_shared(make, kind):
     assert float(second.param_groups[0]["lr"]) == pytest.approx(0.1)
     train(second, other, range(1))
     assert float(second.param_groups[0]["lr"]) == pytest.approx(0.1)
+
+
+def test_torchs_bf16_slots_become_float32_with_the_same_values(make):
+    params, other = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    theirs = torchs(torch.optim.AdamW, params)
+    assert theirs.state[params[0]]["exp_avg"].dtype == torch.bfloat16
+    ours = make(other)
+    ours.load_state_dict(theirs.state_dict())
+    for p, q in zip(params, other, strict=True):
+        assert_equal(ours.state[q]["exp_avg"], theirs.state[p]["exp_avg"].float())
+    before = values(other)
+    train(ours, other, range(3, 5))
+    assert_moved(before, values(other))
+
+
+def test_a_frozen_parameter_has_no_state_in_the_file_and_none_after(make):
+    params, other = parameters(), parameters()
+    params[1].requires_grad_(False)
+    other[1].requires_grad_(False)
+    saved, ours = make(params), make(other)
+    for optimizer, tensors in ((saved, params), (ours, other)):
+        tensors[0].grad = torch.ones_like(tensors[0])
+        optimizer.step()
+    ours.load_state_dict(saved.state_dict())
+    assert set(ours.state) == {other[0], other[2]} and set(ours.state_dict()["state"]) == {0, 2}
+    assert_same(ours.state_dict(), saved.state_dict())
