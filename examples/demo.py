@@ -90,17 +90,11 @@ class Progress:
             print(f"\r{line}  {'━' * full}{'╌' * (28 - full)}", end="\n" if last else "", flush=True)
 
 
-def schedule(steps: int) -> Callable[[int], float]:
-    """The factor on lr at a step: up over the first twentieth, then down along a cosine to a tenth."""
-    warmup = max(1, steps // 20)
-    return lambda n: min((n + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * n / steps))
-
-
 def train(entry: Entry, corpus: language_model.Corpus, steps: int) -> language_model.LanguageModel:
     """The same first weights and the same batches for each entry."""
     model = language_model.build(len(corpus.alphabet), SEED)
     optimizer = entry.make(list(model.parameters()), steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, language_model.schedule(steps))
     progress, times = Progress(entry.name, steps), []
     for n, (x, y) in enumerate(corpus.batches(steps, SEED), 1):
         loss = language_model.cross_entropy(model(x), y)
@@ -170,6 +164,7 @@ def label_ends(axes: Any, results: list[Entry]) -> None:
         step, loss = e.held_out[-1]
         place = max(place + 0.045 * (high - low), loss)
         axes.text(1.03 * step, place, f"{e.name} {loss:.3f}", color=e.color, va="center", fontsize=9)
+    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= step])
     axes.set_xlim(right=1.6 * step)
 
 
@@ -191,7 +186,7 @@ def draw(results: list[Entry], pair_loss: float, out: Path) -> str:
         late = [point for point in e.held_out if point[0] >= 0.4 * steps]
         right.plot(*zip(*late, strict=True), e.line, color=e.color, marker="o", markersize=4, zorder=over)
     left.axhline(pair_loss, color="#999999", linewidth=1, linestyle=":")
-    left.text(0, pair_loss, "counting pairs of characters", color="#777777", va="top", fontsize=9)
+    left.text(steps, pair_loss, "counting pairs of characters", color="#777777", ha="right", va="bottom", fontsize=9)
     label_ends(right, results)
     left.set(xlabel="step", ylabel="loss, nats a character", title="training loss, smoothed")
     left.legend(frameon=False)

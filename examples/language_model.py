@@ -1,6 +1,7 @@
 """A small character language model and its batches: what the demo and `make evidence` train."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,12 @@ class Corpus:
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over all characters."""
     return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+def schedule(steps: int) -> Callable[[int], float]:
+    """The factor on lr at a step: up over the first twentieth, then down along a cosine to a tenth."""
+    warmup = max(1, steps // 20)
+    return lambda n: min((n + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * n / steps))
 
 
 def write(model: LanguageModel, corpus: Corpus, start: str, length: int, seed: int) -> str:

@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -202,3 +203,18 @@ def test_torchs_execution_flags_are_taken_when_off(row, flag):
 def test_an_optimizer_prints_its_groups(make):
     text = repr(make(parameters()))
     assert text.startswith(make.row.cls.__name__) and f"lr: {LR}" in text
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64], ids=lambda k: k.__name__)
+def test_numbers_of_numpy_are_kept_as_pythons(make, kind):
+    """A file with numpy's could not be loaded safely."""
+    params, plain = parameters(), parameters()
+    optimizer, other = make(params, lr=kind(0.25), weight_decay=kind(0.5)), make(plain, lr=0.25, weight_decay=0.5)
+    assert type(optimizer.param_groups[0]["lr"]) is float and type(optimizer.param_groups[0]["weight_decay"]) is float
+    train(optimizer, params, range(2))
+    train(other, plain, range(2))
+    optimizer.param_groups[0]["lr"], other.param_groups[0]["lr"] = kind(0.125), 0.125
+    train(optimizer, params, range(2, 4))
+    train(other, plain, range(2, 4))
+    assert_same(values(params), values(plain))
+    assert_moved(values(parameters()), values(params))

@@ -64,6 +64,10 @@ def test_every_dtype_and_write_back_resumes_bitwise(make, dtype, rounding):
     assert_same(everything(resumed, again), everything(optimizer, params))
     slot = resumed.state[again[0]]["exp_avg"]
     assert slot.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert f"write-back {rounding}" in resumed.explain()
+    assert (rounding == "kahan") == any(
+        bool(s["compensation"].any()) for s in resumed.state.values() if "compensation" in s
+    )
     assert dtype == torch.float64 or not torch.equal(slot.to(dtype).float(), slot)
     for o, tensors in ((optimizer, params), (resumed, again)):
         train(o, tensors, range(3, STEPS))
