@@ -171,11 +171,17 @@ class Optimizer(torch.optim.Optimizer):
         return [Batch(*m, self.param_groups) for m in members.values()]
 
     def _make_plan(self, params: list[Tensor], grads: list[Tensor | None], structure: list) -> Plan:
-        for i, g in enumerate(grads):
+        who = type(self).__name__
+        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
             if g is not None and g.layout != torch.strided:
                 raise RuntimeError(
-                    f"{type(self).__name__}: the gradient of parameter {i} is sparse ({g.layout}), which is not "
-                    f"supported; use sparse=False in the embedding, or torch.optim.SparseAdam for it"
+                    f"{who}: the gradient of parameter {i} is sparse ({g.layout}), which is not supported; "
+                    f"use sparse=False in the embedding, or torch.optim.SparseAdam for it"
+                )
+            if g is not None and (g.shape, g.device) != (p.shape, p.device):
+                raise RuntimeError(
+                    f"{who}: parameter {i} is {tuple(p.shape)} on {p.device}, its gradient {tuple(g.shape)} on {g.device}; "
+                    f"call zero_grad() after a parameter was replaced"
                 )
         batches = self.batches(params, [g is not None for g in grads])
         plan = Plan(batches, params, grads, structure)

@@ -104,6 +104,7 @@ class Batch:
         states = [state[p] for p in self.owners]
         self.params = [sharding.local(p.detach()) for p in self.owners]
         self.pointers = [p.data_ptr() for p in self.params]
+        self.sizes = [p.numel() for p in self.owners]
         numel = [[p.numel()] for p in self.params]
         self.numel = torch.tensor(numel, dtype=torch.float64, device=self.device)
         self.logical = [sharding.logical_index(p) if self.rounding == "stochastic" else 0 for p in self.owners]
@@ -125,7 +126,8 @@ class Batch:
         params = [sharding.local(p) for p in self.owners] if self.sharded else self.owners
         mine = [grads[i] for i in self.index]
         kinds = {g.dtype for g in mine} | {g.layout for g in mine}
-        return [p.data_ptr() for p in params] == self.pointers and kinds == {self.gdtype, torch.strided}
+        stay = [p.data_ptr() for p in params] == self.pointers and [g.numel() for g in mine] == self.sizes
+        return stay and kinds == {self.gdtype, torch.strided}
 
     def bind(self, grads: Sequence[Tensor]) -> None:
         """Take this step's gradients; one of another layout is copied into its parameter's."""

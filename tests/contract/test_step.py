@@ -218,13 +218,14 @@ def test_a_compiled_model_trains_and_may_hold_the_step(make):
 
         def one(forward: Any = forward, optimizer: Any = optimizer, x: Tensor = x) -> Tensor:
             loss = (forward(x) - x.sum(1, keepdim=True)).square().mean()
+            seen = loss.detach()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            return loss
+            return seen
 
         step = torch.compile(one, backend="eager") if compiled else one
-        losses = [step().detach() for _ in range(8)]
+        losses = [step() for _ in range(8)]
         assert losses[-1] < losses[0]
         runs.append((torch.stack(losses), values(model.parameters())))
     torch._dynamo.reset()
