@@ -180,8 +180,8 @@ class Optimizer(torch.optim.Optimizer):
                 )
             if g is not None and (g.shape, g.device) != (p.shape, p.device):
                 raise RuntimeError(
-                    f"{who}: parameter {i} is {tuple(p.shape)} on {p.device}, its gradient {tuple(g.shape)} on {g.device}; "
-                    f"call zero_grad() after a parameter was replaced"
+                    f"{who}: parameter {i} is {tuple(p.shape)} on {p.device}, its gradient {tuple(g.shape)} on "
+                    f"{g.device}; call zero_grad() after a parameter was replaced"
                 )
         batches = self.batches(params, [g is not None for g in grads])
         plan = Plan(batches, params, grads, structure)
