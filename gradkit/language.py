@@ -12,20 +12,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 COMPARISON = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 REMEDY: dict[type, str] = {
-    ast.If: "choose with where(mask, a, b)",
-    ast.IfExp: "choose with where(mask, a, b)",
-    ast.For: "write the terms out",
-    ast.While: "write the terms out",
+    **dict.fromkeys((ast.If, ast.IfExp), "choose with where(mask, a, b)"),
+    **dict.fromkeys((ast.For, ast.While), "write the terms out"),
+    **dict.fromkeys((ast.Mod, ast.FloorDiv), "compute the scalar in derive"),
     ast.And: "combine masks with &",
     ast.Or: "combine masks with |",
     ast.Not: "write the opposite comparison, or ~mask",
     ast.Pow: "write x * x, or compute the scalar in derive",
-    ast.Mod: "compute the scalar in derive",
-    ast.FloorDiv: "compute the scalar in derive",
     ast.Subscript: "give each scalar a name of its own in derive",
     ast.Attribute: "import the function by its name",
     ast.AugAssign: "write name = name + x",
-    ast.AnnAssign: "write name = expression",
     ast.Lambda: "write a function marked @fn",
 }
 CALLED: dict[type, str] = {ast.Expr: "a bare expression", ast.Assign: "assigning to anything but one name"}

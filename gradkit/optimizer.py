@@ -1,6 +1,6 @@
 """Optimizer: groups, state, loading, closure; runs a plan."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,13 +32,7 @@ class Optimizer(torch.optim.Optimizer):
     ranges: ClassVar[Mapping[str, Range]] = {}  # of a subclass's own hyperparameters
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        chain: Chain | None = None,
-        *,
-        lr: Number = 1e-3,
-        weight_decay: Number = 0.0,
-        **options: Any,
+        self, params: Any, chain: Chain | None = None, *, lr: Number = 1e-3, weight_decay: Number = 0.0, **options: Any
     ):
         given, own = split_options(self, dict(options))
         who, transforms = type(self).__name__, given.pop("transforms", ())

@@ -36,13 +36,7 @@ class Options(TypedDict, total=False):
     differentiable: bool | None
 
 
-IN_GROUPS: Mapping[str, Any] = {
-    "maximize": False,
-    "decay": "decoupled",
-    "state_dtype": None,
-    "rounding": "nearest",
-    "seed": 0,
-}
+IN_GROUPS = {"maximize": False, "decay": "decoupled", "state_dtype": None, "rounding": "nearest", "seed": 0}
 CHOICES = {"decay": DECAYS, "backend": BACKENDS, "rounding": ROUNDINGS}
 TORCH_FLAGS = ("fused", "foreach", "capturable", "differentiable")
 
@@ -94,9 +88,7 @@ def check_number(who: str, name: str, value: Any, allowed: Range) -> None:
         raise ValueError(f"{shown}: give {words}")
 
 
-def check_values(
-    who: str, values: Mapping[str, Any], defaults: Mapping[str, Any], ranges: Mapping[str, Range]
-) -> None:
+def check_values(who: str, values: Mapping[str, Any], defaults: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
     """Raise if a value of a group, or an option, is not one that can be used."""
     for name, value in values.items():
         if name in CHOICES and value not in CHOICES[name]:

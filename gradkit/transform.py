@@ -14,6 +14,9 @@ import torch
 from .language import Code, RuleError
 
 
+Function = Callable[..., Any]
+
+
 class Stage(IntEnum):
     """What a link works on; a chain never goes back."""
 
@@ -45,7 +48,7 @@ class Slot:
 class Link:
     """What all kinds share: a name, and being one object wherever it goes (pickled by module and name)."""
 
-    fn: Callable[..., Any]
+    fn: Function
 
     @property
     def name(self) -> str:
@@ -71,7 +74,7 @@ def _by_name(module: str, name: str) -> Any:
 class Rule(Link):
     """An elementwise link: `u`, `p` and `g` if it wants them, slots, scalars -> `u` and the new slots."""
 
-    def __init__(self, fn: Callable[..., Any], slots: Sequence[str | Slot], uses: Sequence[str], stage: Stage | None):
+    def __init__(self, fn: Function, slots: Sequence[str | Slot], uses: Sequence[str], stage: Stage | None):
         self.fn, self.stage, self.uses = fn, stage, tuple(uses)
         self.slots = tuple(s if isinstance(s, Slot) else Slot(s) for s in slots)
         self.holds = tuple(s.name for s in self.slots) + self.uses  # owned before borrowed
@@ -103,15 +106,7 @@ class Measure(Link):
     finish: `(reductions, scalars) -> gives`, in the rule language with arithmetic among scalars, in float64.
     """
 
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        scope: str,
-        reduce: Mapping[str, str],
-        gives: Sequence[str],
-        finish: Callable[..., Any],
-        stage: Stage | None,
-    ):
+    def __init__(self, fn: Function, scope: str, reduce: Mapping, gives: Sequence, finish: Function, stage: Any):
         self.fn, self.scope, self.stage = fn, scope, stage
         self.reduce, self.gives, self.finish = dict(reduce), tuple(gives), finish
         if scope not in ("tensor", "all"):
@@ -140,7 +135,7 @@ class Measure(Link):
 class Derive(Link):
     """Scalars of a chain that the host computes in float64 from counters, arguments and the group."""
 
-    def __init__(self, fn: Callable[..., Any], counters: Sequence[str]):
+    def __init__(self, fn: Function, counters: Sequence[str]):
         self.fn, self.counters = fn, tuple(counters)
         self.params = tuple(inspect.signature(fn).parameters)
         if lost := [c for c in counters if c not in self.params]:
@@ -148,11 +143,7 @@ class Derive(Link):
 
 
 def rule(
-    fn: Callable[..., Any] | None = None,
-    *,
-    slots: Sequence[str | Slot] = (),
-    uses: Sequence[str] = (),
-    stage: Stage | None = None,
+    fn: Any = None, *, slots: Sequence[str | Slot] = (), uses: Sequence[str] = (), stage: Stage | None = None
 ) -> Any:
     """Make an elementwise link of a plain function. Without a stage it takes that of the link before it."""
     if fn is not None:
@@ -161,13 +152,8 @@ def rule(
 
 
 def measure(
-    *,
-    scope: str,
-    reduce: Mapping[str, str],
-    gives: Sequence[str],
-    finish: Callable[..., Any],
-    stage: Stage | None = None,
-) -> Callable[[Callable[..., Any]], Measure]:
+    *, scope: str, reduce: Mapping[str, str], gives: Sequence[str], finish: Function, stage: Stage | None = None
+) -> Callable[[Function], Measure]:
     """Make a link that measures what flows and gives scalars to the links behind it."""
     return lambda function: Measure(function, scope, reduce, gives, finish, stage)
 
