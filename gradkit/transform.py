@@ -13,7 +13,6 @@ import torch
 
 from .language import Code, RuleError
 
-
 Function = Callable[..., Any]
 
 
