@@ -143,6 +143,8 @@ class Code:
         if type(n.op) not in ARITHMETIC:
             self.refuse(n, type(n.op).__name__.lower(), REMEDY.get(type(n.op), "only + - * / and & | between masks"))
         (left, a), (right, b) = self.number(n.left), self.number(n.right)
+        if left == "literal" and isinstance(n.op, ast.Div) and a != "((T)1.0)" and not self.scalar_math:
+            self.refuse(n, "a literal over a value", "write 1.0 / x * c, which is what torch computes for c / x")
         return self.varying(n, left, right), f"({a} {ARITHMETIC[type(n.op)]} {b})"
 
     def on_boolop(self, n: ast.BoolOp) -> NoReturn:

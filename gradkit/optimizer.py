@@ -126,10 +126,10 @@ class Optimizer(torch.optim.Optimizer):
         plan = self._plan
         if plan is None or not plan.fits(self.state, params, grads, structure):
             plan = self._plan = self._make_plan(params, grads, structure)
+            if not plan.fits(self.state, params, grads, structure):
+                raise RuntimeError(f"{type(self).__name__}: parameters or gradients have no memory to step on")
         for ready in plan.schedule:
             check_shared(type(self).__name__, ready[0][1].measured, self.param_groups)
-        for batch in plan.batches:
-            batch.bind(grads)
         first = self.param_groups[0]
         clock = float(first["clock"]) + 1
         for batch in plan.batches:

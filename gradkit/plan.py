@@ -104,9 +104,9 @@ class Batch:
         states = [state[p] for p in self.owners]
         self.params = [sharding.local(p.detach()) for p in self.owners]
         self.pointers = [p.data_ptr() for p in self.params]
-        self.sizes = [p.numel() for p in self.owners]
-        numel = [[p.numel()] for p in self.params]
-        self.numel = torch.tensor(numel, dtype=torch.float64, device=self.device)
+        self.sizes = [p.numel() for p in self.params]
+        self.gradients: list[int] = []
+        self.numel = torch.tensor(self.sizes, dtype=torch.float64, device=self.device)[:, None]
         self.logical = [sharding.logical_index(p) if self.rounding == "stochastic" else 0 for p in self.owners]
         names = [*self.program.slots, *["compensation"] * (self.rounding == "kahan")]
         self.slots = {n: [sharding.local(s[n]) for s in states] for n in names}
@@ -121,24 +121,32 @@ class Batch:
         self.contiguous = all(p.is_contiguous() for p in self.params)
         self.row = self.first = np.zeros(0, np.int32)
 
-    def fits(self, grads: Sequence[Tensor]) -> bool:
-        """Whether parameters stand where they stood, and gradients are of the planned kind."""
-        params = [sharding.local(p) for p in self.owners] if self.sharded else self.owners
-        mine = [grads[i] for i in self.index]
-        kinds = {g.dtype for g in mine} | {g.layout for g in mine}
-        stay = [p.data_ptr() for p in params] == self.pointers and [g.numel() for g in mine] == self.sizes
-        return stay and kinds == {self.gdtype, torch.strided}
+    def bind(self, grads: Sequence[Tensor]) -> bool:
+        """Take this step's gradients, unless parameters have moved or gradients are not of the planned kind.
 
-    def bind(self, grads: Sequence[Tensor]) -> None:
-        """Take this step's gradients; one of another layout is copied into its parameter's."""
-        self.grads = [grads[i] for i in self.index]
+        A gradient of another layout is copied into its parameter's.
+        """
+        params = [sharding.local(p) for p in self.owners] if self.sharded else self.owners
+        if [p.data_ptr() for p in params] != self.pointers:
+            return False
+        mine = [grads[i] for i in self.index]
         if self.sharded:
-            self.grads = [sharding.local_grad(g, p) for g, p in zip(self.grads, self.owners, strict=True)]
-        if not (self.contiguous and all([g.is_contiguous() for g in self.grads])):
-            for t, (g, p) in enumerate(zip(self.grads, self.params, strict=True)):
+            mine = [sharding.local_grad(g, p) for g, p in zip(mine, self.owners, strict=True)]
+        try:
+            plain = self.contiguous and all([g.is_contiguous() for g in mine])
+            pointers = [g.data_ptr() for g in mine]
+        except RuntimeError:  # a sparse gradient has neither
+            return False
+        if pointers != self.gradients:
+            if {g.dtype for g in mine} != {self.gdtype} or [g.numel() for g in mine] != self.sizes:
+                return False
+        if not plain:
+            for t, (g, p) in enumerate(zip(mine, self.params, strict=True)):
                 if g.stride() != p.stride():
-                    self.grads[t] = torch.empty_like(p, dtype=g.dtype).copy_(g)
-        self.gradients = [g.data_ptr() for g in self.grads]
+                    mine[t] = torch.empty_like(p, dtype=g.dtype).copy_(g)
+            pointers = [g.data_ptr() for g in mine]
+        self.grads, self.gradients = mine, pointers
+        return True
 
     def begin(self, clock: float) -> None:
         """Make the coming step's table: a row for each distinct (group, counters). Nothing is counted yet."""
@@ -230,13 +238,16 @@ class Plan:
         self.state = everything(state)
 
     def fits(self, state: Mapping, params: list[Tensor], grads: Sequence[Any], structure: list) -> bool:
-        """Whether nothing has changed but values: the same parameters, state, options and kinds of gradients."""
+        """Whether nothing has changed but values: the same parameters, state, options and kinds of gradients.
+
+        If so the batches hold the gradients.
+        """
         return (
             same(params, self.params)
             and [g is None for g in grads] == self.missing
             and structure == self.structure
             and same(everything(state), self.state)
-            and all([b.fits(grads) for b in self.batches])
+            and all([b.bind(grads) for b in self.batches])
         )
 
     def measure(self, ready: list[tuple[Batch, Pass]], groups: Sequence[Mapping[str, Any]], clock: float) -> None:

@@ -27,6 +27,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "power": ("u = u ** 2.0  #<", "write x [*] x, or compute the scalar in derive"),
     "modulo": ("u = u % 2.0  #<", "compute the scalar in derive"),
     "floor division": ("u = u // 2.0  #<", "compute the scalar in derive"),
+    "literal over a value": ("u = 0.3 / u  #<", "a literal over a value.*1.0 / x [*] c"),  # torch multiplies by 1 / u
     "matrix product": ("u = u @ s  #<", r"[+] - [*] /"),
     "xor": ("u = where((u > 0.0) ^ (s > 0.0), u, s)  #<", "& [|] between masks"),
     "shift": ("u = u << 1.0  #<", "[+] - [*] /"),
