@@ -30,10 +30,10 @@ def describe(optimizer: "Optimizer") -> str:
         lines.append("  chain: " + " -> ".join(x.label for x in batch.program.pieces))
         lines += [f"  pass {k}: {one_pass(batch, ps)}" for k, ps in enumerate(passes, 1)]
         count = len(passes) if backend.name == "native" else f"{len(batch.owners)} x {len(passes)} eager"
-        lines.append(f"  launches: {count}; {sum(map(batch.bytes, passes))} bytes an element")
+        lines.append(f"  launches: {count}; {sum(moved(batch, ps) for ps in passes)} bytes an element")
         slots = ", ".join(f"{n} {short(d)}" for n, d in batch.slot_dtypes.items())
         slots += ", compensation" if batch.rounding == "kahan" else ""
-        lines.append(f"  state: {slots or 'none'}; {batch.state_bytes()} bytes; write-back {batch.rounding}")
+        lines.append(f"  state: {slots or 'none'}; {held(batch)} bytes; write-back {batch.rounding}")
         lines.append(f"  backend: {backend.name} ({why})")
     return "\n".join(lines)
 
@@ -42,13 +42,31 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def moved(batch: "Batch", ps: "Pass") -> int:
+    """Bytes read and written for one element."""
+    kinds = [batch.slot_dtypes[n] for n in ps.slots]
+    if ps.reads_p:
+        kinds += [batch.dtype] * (2 if batch.rounding == "kahan" else 1)
+    return batch.gdtype.itemsize + (1 if ps.measure else 2) * sum(d.itemsize for d in kinds)
+
+
+def held(batch: "Batch") -> int:
+    """Bytes of all tensors' slots, made or not."""
+    total = 0
+    for p, g in zip(batch.owners, batch.group, strict=True):
+        lengths = {n: batch.program.ring_length(n, batch.groups[g]) or 1 for n in batch.slot_dtypes}
+        per = sum(d.itemsize * lengths[n] for n, d in batch.slot_dtypes.items())
+        total += sharding.local(p).numel() * (per + (batch.dtype.itemsize if batch.rounding == "kahan" else 0))
+    return total
+
+
 def one_pass(batch: "Batch", ps: "Pass") -> str:
     rules = " -> ".join(x.label for _, x in ps.rules) or "g"
     what = "apply"
     if ps.measure:
         link = ps.measure.measure
         what = f"{ps.measure.label}: {', '.join(link.reduce.values())} over {link.scope}"
-    return f"{rules} | {what} | {batch.bytes(ps)} bytes an element"
+    return f"{rules} | {what} | {moved(batch, ps)} bytes an element"
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ def check(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
             f"make the optimizer for the same model and groups"
         )
     same = same_class(optimizer, state_dict)
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        optimizer._check_program({**group, **{k: v for k, v in saved.items() if same or k in CARRIED}})
     for n, (p, group, saved) in enumerate(pairs(optimizer, state_dict)):
         rings = optimizer.program(group).rings if same else ()
         for name, value in saved.items():
@@ -66,6 +68,9 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
             del group[key]
         for key, value in old.items():
             group.setdefault(key, value)
+        for key, value in group.items():  # the host reads them; `map_location` may have moved them
+            if isinstance(value, Tensor):
+                group[key] = value.cpu()
     taken: set[str] = set()
     for p, group, saved in pairs(optimizer, state_dict):
         program = optimizer.program(group)

@@ -61,6 +61,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its values are checked first."""
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"{type(self).__name__}: a group is a dict such as {{'params': [...], 'lr': 0.1}}")
         given = {k: builtin(v) for k, v in param_group.items() if k not in ("params", "param_names")}
         values = {**{k: builtin(v) for k, v in self.defaults.items()}, **given}
         who = type(self).__name__
@@ -123,6 +125,7 @@ class Optimizer(torch.optim.Optimizer):
         if all(g is None for g in grads):
             return loss
         structure = [[shape_of(v) for k, v in g.items() if k not in BOOKKEEPING] for g in self.param_groups]
+        structure += [[self.backend, self.transforms]]  # compared as objects
         plan = self._plan
         if plan is None or not plan.fits(self.state, params, grads, structure):
             plan = self._plan = self._make_plan(params, grads, structure)
@@ -255,11 +258,11 @@ def check_shared(who: str, piece: Placed, groups: Sequence[Mapping[str, Any]]) -
 
 def shape_of(value: Any) -> Any:
     """What a chain may be built from: anything, but of a float only whether it is zero."""
-    if isinstance(value, float):
-        return value == 0.0
-    if isinstance(value, Tensor):
-        return "tensor", float(value) == 0.0
-    return tuple(map(shape_of, value)) if isinstance(value, tuple | list) else value
+    if isinstance(value, float) or (isinstance(value, Tensor) and value.dim() == 0):
+        return type(value), value == 0.0 if isinstance(value, float) else float(value) == 0.0
+    if isinstance(value, tuple | list):
+        return tuple(map(shape_of, value))
+    return (type(value), value) if isinstance(value, str | int | None | torch.dtype) else id(value)
 
 
 def laid_out(old: Tensor | None, p: Tensor, dtype: torch.dtype, length: int | None, name: str) -> Tensor:

@@ -93,6 +93,8 @@ def check_values(who: str, values: Mapping[str, Any], defaults: Mapping[str, Any
     for name, value in values.items():
         if name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{who}: {name}={value!r}: use one of {listed(CHOICES[name])}{hint(value, CHOICES[name])}")
+        if isinstance(defaults.get(name, IN_GROUPS.get(name)), bool) and value not in (True, False):
+            raise TypeError(f"{who}: {name}={value!r}: use True or False")
         if name == "state_dtype" and value not in (None, *DTYPES):
             raise TypeError(f"{who}: state_dtype={value!r}: use None or one of {listed(DTYPES)}")
         allowed = ranges.get(name) or RANGES.get(name)

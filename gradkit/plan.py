@@ -103,13 +103,13 @@ class Batch:
         """Take hold of the state, which exists by now."""
         states = [state[p] for p in self.owners]
         self.params = [sharding.local(p.detach()) for p in self.owners]
-        self.pointers = [p.data_ptr() for p in self.params]
         self.sizes = [p.numel() for p in self.params]
         self.gradients: list[int] = []
         self.numel = torch.tensor(self.sizes, dtype=torch.float64, device=self.device)[:, None]
         self.logical = [sharding.logical_index(p) if self.rounding == "stochastic" else 0 for p in self.owners]
         names = [*self.program.slots, *["compensation"] * (self.rounding == "kahan")]
         self.slots = {n: [sharding.local(s[n]) for s in states] for n in names}
+        self.pointers = list(map(Tensor.data_ptr, chain(self.params, *self.slots.values())))
         self.counters: dict[str, np.ndarray] = {}
         for name in self.program.scalars.counters:  # one vector; the state holds 0-d views of it
             vector = torch.stack([s[name] for s in states])
@@ -127,7 +127,7 @@ class Batch:
         A gradient of another layout is copied into its parameter's.
         """
         params = [sharding.local(p) for p in self.owners] if self.sharded else self.owners
-        if [p.data_ptr() for p in params] != self.pointers:
+        if list(map(Tensor.data_ptr, chain(params, *self.slots.values()))) != self.pointers:
             return False
         mine = [grads[i] for i in self.index]
         if self.sharded:
@@ -137,9 +137,10 @@ class Batch:
             pointers = [g.data_ptr() for g in mine]
         except RuntimeError:  # a sparse gradient has neither
             return False
-        if pointers != self.gradients:
-            if {g.dtype for g in mine} != {self.gdtype} or [g.numel() for g in mine] != self.sizes:
-                return False
+        if {g.dtype for g in mine} != {self.gdtype}:  # an address doesn't tell: it may have been given out again
+            return False
+        if pointers != self.gradients and [g.numel() for g in mine] != self.sizes:
+            return False
         if not plain:
             for t, (g, p) in enumerate(zip(mine, self.params, strict=True)):
                 if g.stride() != p.stride():
@@ -181,24 +182,6 @@ class Batch:
         """Tensor t's slot; of a ring the entry that this step replaces."""
         slot = self.slots[name][t]
         return slot[int(self.positions[t]) % len(slot)] if name in self.program.rings else slot
-
-    def bytes(self, ps: Pass) -> int:
-        """Read and written for one element."""
-        stores = 1 if ps.measure else 2
-        slots = [self.slot_dtypes[n] for n in ps.slots]
-        if ps.reads_p:
-            slots += [self.dtype] * (2 if self.rounding == "kahan" else 1)
-        return self.gdtype.itemsize + stores * sum(d.itemsize for d in slots)
-
-    def state_bytes(self) -> int:
-        """Of all tensors' slots, made or not."""
-        total = 0
-        for p, g in zip(self.owners, self.group, strict=True):
-            per = sum(
-                d.itemsize * (self.program.ring_length(n, self.groups[g]) or 1) for n, d in self.slot_dtypes.items()
-            )
-            total += sharding.local(p).numel() * (per + (self.dtype.itemsize if self.rounding == "kahan" else 0))
-        return total
 
 
 def detour(p: Tensor, rounding: str) -> str:

@@ -39,8 +39,7 @@ class Part:
         for o in range(0, self.p.numel(), size):
             p, g, *slots = (t[o : o + size] for t in whole)
             kept = None if rest is None else rest[o : o + size]
-            index = self.index + o if isinstance(self.index, int) else flat(self.index)[o : o + size]
-            yield Part(p, g, dict(zip(self.slots, slots, strict=True)), kept, self.row, self.measured, index)
+            yield Part(p, g, dict(zip(self.slots, slots, strict=True)), kept, self.row, self.measured, self.index + o)
 
 
 class Eager:
@@ -96,9 +95,13 @@ class Eager:
         for t in range(len(self.batch.params)):
             for part in self.parts(ps, t):
                 seen = self.walk(ps, part)
-                for name, slot in part.slots.items():
-                    slot.copy_(seen[f"slot {name}"])
-                self.write(part, seen["p"], t)
+                old = list(part.slots.values())
+                new = [seen["p"], *(seen[f"slot {name}"] for name in part.slots)]
+                # a rule may hand on one slot's tensor as another's new value
+                p, *new = [x.clone() if any(x is y for y in old) else x for x in new]
+                for slot, x in zip(old, new, strict=True):
+                    slot.copy_(x)
+                self.write(part, p, t)
 
     def write(self, part: Part, p: Tensor, t: int) -> None:
         """Store a parameter as its rounding says."""

@@ -23,7 +23,14 @@ def why_not(batch: "Batch") -> str:
     """Why this batch can't run natively; empty if it can."""
     if batch.device.type != "cpu":
         return f"native runs on the CPU, these parameters are on {batch.device}"
-    return batch.program.no_source or ccache.why_not() or ""
+    if reason := batch.program.no_source or ccache.why_not():
+        return reason
+    try:
+        for ps in batch.program.passes:
+            ccache.build(source(batch, ps))
+    except ccache.NoCompiler as e:
+        return str(e)
+    return ""
 
 
 @lru_cache(maxsize=1)
