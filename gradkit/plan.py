@@ -45,7 +45,7 @@ class Program:
         self.slots = {name: slot for name, (_, slot) in owners.items()}
         self.rings = {name: piece for name, (piece, slot) in owners.items() if slot.kind == "ring"}
         for name, piece in self.rings.items():
-            if piece.chain.derive is None or "step" not in piece.chain.derive.counters:
+            if piece.chain.derive is None or not piece.chain.derive.counters:
                 raise ValueError(f"{piece.label}: the ring {name!r} needs @derive('step', ...) on its chain")
         ends = [i for i, x in enumerate(pieces) if isinstance(x.link, Measure)] + [len(pieces)]
         self.passes = [Pass(pieces, end) for end in ends]
@@ -167,8 +167,10 @@ class Batch:
         self.table64 = np.array(cells, np.float64).reshape(len(cells), -1)
         self.table = self.table64 if self.compute == torch.float64 else self.table64.astype(np.float32)
         self.rows = torch.from_numpy(self.table).to(self.device, non_blocking=True)
-        if self.program.rings:
-            self.positions = (self.after["step"] - 1).astype(np.int64)
+        self.positions = {}  # of rings: by the first counter of their chain
+        for name, piece in self.program.rings.items():
+            if piece.chain.derive:
+                self.positions[name] = (self.after[piece.chain.derive.counters[0]] - 1).astype(np.int64)
         for r, set_ in enumerate(sets):
             for name, value in set_.items():
                 self.after[name][self.row == r] = value
@@ -181,7 +183,7 @@ class Batch:
     def entry(self, name: str, t: int) -> Tensor:
         """Tensor t's slot; of a ring the entry that this step replaces."""
         slot = self.slots[name][t]
-        return slot[int(self.positions[t]) % len(slot)] if name in self.program.rings else slot
+        return slot[int(self.positions[name][t]) % len(slot)] if name in self.program.rings else slot
 
 
 def detour(p: Tensor, rounding: str) -> str:

@@ -122,3 +122,17 @@ def test_a_file_whose_values_cannot_be_used_is_refused_before_anything_changed()
         with pytest.raises(ValueError, match=f"AdamW: {key}="):
             optimizer.load_state_dict(file)
         assert optimizer.param_groups[0][key] == before
+
+
+def test_a_filter_behind_moments_of_another_optimizer_is_new():
+    """Its average starts at the first gradient it sees, its window is empty, whatever Adam has counted."""
+    p = torch.nn.Parameter(torch.ones(2))
+    adam = torch.optim.AdamW([p])
+    stepped(adam, p, [1.0] * 9)
+    for kind, name in (("ema", "grad_ema"), ("ma", "grad_head")):
+        optimizer = gradkit.Grokfast([p], filter=kind, window=4)
+        optimizer.load_state_dict(adam.state_dict())
+        p.grad = torch.full_like(p, 3.0)
+        assert dict(optimizer.trace(p))[f"{kind}_filter"].tolist() == ([9.0] * 2 if kind == "ema" else [3.0] * 2)
+        optimizer.step()
+        assert optimizer.state[p][name].tolist() == [3.0] * 2 and float(optimizer.state[p]["step"]) == 10

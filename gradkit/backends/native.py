@@ -109,7 +109,7 @@ class Compiled:
         for r, name in self.rings:
             ring = b.slots[name]
             bytes_ = np.array([t.stride(0) * t.element_size() for t in ring])
-            self.pointers[r] = self.bases[r] + b.positions % [len(t) for t in ring] * bytes_
+            self.pointers[r] = self.bases[r] + b.positions[name] % [len(t) for t in ring] * bytes_
         job[PLACE["row"]], job[PLACE["H"]] = b.row.ctypes.data, b.table.ctypes.data
         job[PLACE["columns"]], job[PLACE["clock"]] = b.table.shape[1], int(b.clock)
         n, threads = len(self.blocks), min(torch.get_num_threads(), self.threads)

@@ -26,9 +26,9 @@ def ema_filter(u, grad_ema, w, lamb, first):
     return u + lamb * grad_ema, grad_ema
 
 
-@derive("step")
-def ema_from_first(alpha, step):
-    return {"w": 1 - alpha, "first": step == 1}
+@derive("filter_step")  # its own count: behind moments taken from another optimizer the filter is still new
+def ema_from_first(alpha, filter_step):
+    return {"w": 1 - alpha, "first": filter_step == 1}
 
 
 @derive()
@@ -45,11 +45,11 @@ def ma_filter(u, grad_ring, grad_head, grad_tail, wrap, factor):
     return u + factor * (grad_head + grad_tail), u, grad_head, grad_tail
 
 
-@derive("step")
-def ma_scalars(window, lamb, mode, warmup, step):
-    on = step >= window or not warmup
-    count = min(step, window) if mode == "mean" else 1.0
-    return {"wrap": (step - 1) % window == 0, "factor": lamb / count if on else 0.0}
+@derive("filter_step")
+def ma_scalars(window, lamb, mode, warmup, filter_step):
+    on = filter_step >= window or not warmup
+    count = min(filter_step, window) if mode == "mean" else 1.0
+    return {"wrap": (filter_step - 1) % window == 0, "factor": lamb / count if on else 0.0}
 
 
 def grokfast_ema(alpha: float = 0.98, lamb: float = 2.0, init: str = "first", name: str | None = None) -> Chain:

@@ -37,6 +37,7 @@ ADAM = slots("exp_avg", "exp_avg_sq")
 DECAYED = {"weight_decay": 0.1}
 WARM = {"alpha_warmup": 4, "beta3_warmup": 6, "weight_decay": 0.1}
 WINDOW = {"filter": "ma", "window": 3, "weight_decay": 0.1}
+FILTERED = slots("step", "filter_step")
 BOUNDED = (tx.clip_by_global_norm(1.0), tx.cautious())
 ROWS = (
     Row("adamw", gradkit.AdamW, ADAM, DECAYED),
@@ -44,8 +45,8 @@ ROWS = (
     Row("lion", gradkit.Lion, slots("exp_avg"), DECAYED, counters=slots()),
     Row("diffgrad", gradkit.DiffGrad, ADAM | {"previous_grad"}, DECAYED, exact=False),
     Row("ademamix", gradkit.AdEMAMix, ADAM | {"exp_avg_slow"}, WARM),
-    Row("grokfast_ema", gradkit.Grokfast, ADAM | {"grad_ema"}, DECAYED),
-    Row("grokfast_ma", gradkit.Grokfast, ADAM | {"grad_ring", "grad_head", "grad_tail"}, WINDOW),
+    Row("grokfast_ema", gradkit.Grokfast, ADAM | {"grad_ema"}, DECAYED, FILTERED),
+    Row("grokfast_ma", gradkit.Grokfast, ADAM | {"grad_ring", "grad_head", "grad_tail"}, WINDOW, FILTERED),
     Row("bounded", gradkit.AdamW, ADAM, {"transforms": BOUNDED}, exact=False, coupled=True),
 )
 

@@ -48,10 +48,11 @@ def test_torchs_adam_brings_its_schedule_and_the_slots_of_our_names(make, cls, c
     assert_same({k: v for k, v in group.items() if k != "params"}, {**own, **taken})
     shared = make.row.slots & {"exp_avg", "exp_avg_sq"}
     for p in params:
-        assert ours.state[p].keys() == shared | make.row.counters
+        taken = make.row.counters & {"step"}  # a filter that starts fresh has its own count
+        assert ours.state[p].keys() == shared | taken
         for name in shared:
             assert_equal(ours.state[p][name], theirs.state[p][name])
-        assert {float(ours.state[p][n]) for n in make.row.counters} <= {3.0}
+        assert {float(ours.state[p][n]) for n in taken} <= {3.0}
     (line,) = [r.getMessage() for r in caplog.records if r.name == "gradkit"]
     assert line.startswith(make.row.cls.__name__) and "lr, weight_decay, maximize" in line
     said = line.split(" from a state dict of another optimizer; ")
