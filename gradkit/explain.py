@@ -82,7 +82,7 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
         plan = optimizer._make_plan(params, grads, [])
     finally:
         optimizer.state = state
-    clock = float(optimizer.param_groups[0]["clock"]) + 1
+    clock = float(optimizer.param_groups[0].get("clock", 0.0)) + 1
     for batch in plan.batches:
         batch.backend = Eager(batch)
         batch.bind(grads)

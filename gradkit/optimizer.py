@@ -10,7 +10,18 @@ from . import loading, sharding
 from .backends import choose
 from .chain import Chain, Placed, assemble
 from .explain import describe, trace
-from .options import DTYPES, IN_GROUPS, Number, Range, builtin, check_values, listed, own_defaults, split_options
+from .options import (
+    DTYPES,
+    IN_GROUPS,
+    Number,
+    Range,
+    builtin,
+    check_values,
+    listed,
+    own_defaults,
+    refuse_flags,
+    split_options,
+)
 from .plan import Batch, Plan, Program
 from .scalars import plain
 from .transform import Measure
@@ -69,6 +80,7 @@ class Optimizer(torch.optim.Optimizer):
         for name in ("backend", "transforms"):
             if name in param_group:
                 raise ValueError(f"{who}: {name}= belongs to the optimizer, not to a group; give it to {who}(...)")
+        refuse_flags(who, param_group)
         self._check_values(values)
         built_in = self.links(values)
         for c in (x for whole in (*self.transforms, built_in) for x in whole.walk()):
@@ -134,7 +146,7 @@ class Optimizer(torch.optim.Optimizer):
         for ready in plan.schedule:
             check_shared(type(self).__name__, ready[0][1].measured, self.param_groups)
         first = self.param_groups[0]
-        clock = float(first["clock"]) + 1
+        clock = float(first.setdefault("clock", torch.zeros((), dtype=torch.float64))) + 1
         for batch in plan.batches:
             batch.begin(clock)
         first["clock"] += 1  # nothing has changed up to here
@@ -175,6 +187,10 @@ class Optimizer(torch.optim.Optimizer):
                     f"{who}: the gradient of parameter {i} is sparse ({g.layout}), which is not supported; "
                     f"use sparse=False in the embedding, or torch.optim.SparseAdam for it"
                 )
+            if g is not None and g.dtype not in DTYPES:
+                raise TypeError(f"{who}: the gradient of parameter {i} is {g.dtype}: use one of {listed(DTYPES)}")
+            if 0 in [stride for stride, size in zip(p.stride(), p.shape, strict=True) if size > 1]:
+                raise RuntimeError(f"{who}: parameter {i} is expanded, its elements share memory; use p.contiguous()")
             if g is not None and (g.shape, g.device) != (p.shape, p.device):
                 raise RuntimeError(
                     f"{who}: parameter {i} is {tuple(p.shape)} on {p.device}, its gradient {tuple(g.shape)} on "

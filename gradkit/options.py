@@ -117,6 +117,13 @@ def own_defaults(cls: type) -> dict[str, Any]:
     return {p.name: p.default for p in named if p.name not in ("self", "params", "chain", "defaults")}
 
 
+def refuse_flags(who: str, given: Mapping[str, Any]) -> None:
+    """Raise for torch's own ways of running a step, which configs pass as None or False."""
+    for name in TORCH_FLAGS:
+        if given.get(name):
+            raise ValueError(f"{who}: {name}={given[name]!r} has no meaning here; choose how steps run with backend=")
+
+
 def split_options(optimizer: Any, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options and the class's own hyperparameters, out of a constructor's keywords; anything else is a TypeError."""
     who = type(optimizer).__name__
@@ -124,8 +131,6 @@ def split_options(optimizer: Any, given: dict[str, Any]) -> tuple[dict[str, Any]
     for name, value in given.items():
         if name not in known:
             raise TypeError(f"{who}() got an unexpected argument {name}={value!r}{hint(name, known)}")
-    for name in TORCH_FLAGS:
-        if given.get(name):
-            raise ValueError(f"{who}: {name}={given[name]!r} has no meaning here; choose how steps run with backend=")
+    refuse_flags(who, given)
     options = {n: v for n, v in given.items() if n in Options.__annotations__ and n not in TORCH_FLAGS}
     return options, {n: v for n, v in given.items() if n not in Options.__annotations__}

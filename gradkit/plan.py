@@ -44,6 +44,8 @@ class Program:
         self.scalars = Scalars(pieces, group)
         self.slots = {name: slot for name, (_, slot) in owners.items()}
         self.rings = {name: piece for name, (piece, slot) in owners.items() if slot.kind == "ring"}
+        for name in {*self.scalars.counters, "compensation"} & {*owners}:
+            raise ValueError(f"{owners[name][0].label} owns a slot named {name!r}, which is taken; rename it")
         for name, piece in self.rings.items():
             if piece.chain.derive is None or not piece.chain.derive.counters:
                 raise ValueError(f"{piece.label}: the ring {name!r} needs @derive('step', ...) on its chain")

@@ -42,6 +42,8 @@ class Slot:
     def __post_init__(self) -> None:
         if self.kind not in ("param", "ring"):
             raise ValueError(f"Slot({self.name!r}, kind={self.kind!r}): use 'param' or 'ring'")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise TypeError(f"Slot({self.name!r}, dtype={self.dtype!r}): use a floating torch.dtype or None")
 
 
 class Link:

@@ -110,7 +110,7 @@ class Eager:
             element = part.index
             if isinstance(element, int):
                 element = torch.arange(element, element + p.numel(), device=p.device).view(p.shape)
-            seed = b.groups[b.group[t]]["seed"]
+            seed = int(b.groups[b.group[t]]["seed"])
             bits = random.philox(element, int(b.clock), b.index[t], seed, WRITE_STREAM)
             part.p.copy_(random.stochastic_round(p, bits, part.p.dtype))
         elif part.residual is not None:
