@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from .options import Range, check_number
 from .transform import Derive, Measure, Rule, Stage
 
 
@@ -15,6 +16,7 @@ class Chain:
     name: str = ""
     derive: Derive | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    ranges: Mapping[str, Range] = field(default_factory=dict)  # of its arguments
     prefix: str = ""  # of its slots' names, when the user named it
 
     def named(self, name: str | None) -> "Chain":
@@ -78,8 +80,15 @@ class Placed(NamedTuple):
         return self.chain.prefix + self.link.name
 
 
-def chain(*links: Any, derive: Derive | None = None, name: str = "", **arguments: Any) -> Chain:
-    """Links in order; their scalars come from counters, `derive`, measures before them, `arguments`, and the group."""
+def chain(
+    *links: Any, derive: Derive | None = None, name: str = "", ranges: Mapping | None = None, **arguments: Any
+) -> Chain:
+    """Links in order; their scalars come from counters, `derive`, measures before them, `arguments`, and the group.
+
+    ranges: where arguments may lie, checked here and in every group.
+    """
+    for n, allowed in (ranges or {}).items():
+        check_number(name, n, arguments[n], allowed)
     for x in links:
         if not isinstance(x, Rule | Measure | Chain):
             called = getattr(x, "__name__", repr(x))
@@ -91,7 +100,7 @@ def chain(*links: Any, derive: Derive | None = None, name: str = "", **arguments
         raise TypeError("chain: derive= takes a function decorated with @gradkit.derive(...)")
     if arguments and not name:
         raise ValueError(f"chain: {', '.join(arguments)} need name=: arguments stand in groups as <name>.<argument>")
-    made = Chain(links, _identifier(name) if name else "", derive, arguments)
+    made = Chain(links, _identifier(name) if name else "", derive, arguments, ranges or {})
     made.place()  # order
     return made
 

@@ -50,12 +50,12 @@ class Optimizer(torch.optim.Optimizer):
         if not isinstance(transforms, list | tuple):
             raise TypeError(f"{who}: transforms={transforms!r}: give a list, e.g. transforms=[clip_by_norm(1.0)]")
         self.chain, self.transforms, self.backend = chain, tuple(transforms), given.pop("backend", "auto")
-        self._check_values({"backend": self.backend})
         if chain is None and type(self).links is Optimizer.links:
             raise TypeError(f"{who}: give a chain: {who}(params, chain(...)), or use one of gradkit's classes")
         for c in (*self.transforms, *([chain] if chain is not None else [])):
             if not isinstance(c, Chain):
                 raise TypeError(f"{who}: {c!r} is no chain or transform; call it, e.g. clip_by_global_norm(1.0)")
+        self._check_values({"backend": self.backend})
         self._plan: Plan | None = None
         self._programs: dict[tuple, Program] = {}
         defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
@@ -63,7 +63,9 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def _check_values(self, values: Mapping[str, Any]) -> None:
-        check_values(type(self).__name__, values, own_defaults(type(self)), self.ranges)
+        chains = [c for whole in (*self.transforms, *([self.chain] if self.chain else [])) for c in whole.walk()]
+        of_chains = {f"{c.name}.{name}": allowed for c in chains for name, allowed in c.ranges.items()}
+        check_values(type(self).__name__, values, own_defaults(type(self)), {**self.ranges, **of_chains})
 
     def links(self, group: Mapping[str, Any]) -> Chain:
         """The chain for one group: a pure function of its values."""

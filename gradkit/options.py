@@ -5,13 +5,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from typing_extensions import TypedDict
 
-from .chain import Chain
+if TYPE_CHECKING:
+    from .chain import Chain
 
 Number = float | torch.Tensor  # a hyperparameter
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -25,7 +26,7 @@ class Options(TypedDict, total=False):
 
     maximize: bool
     decay: str
-    transforms: Sequence[Chain]
+    transforms: Sequence["Chain"]
     backend: str
     state_dtype: torch.dtype | None
     rounding: str

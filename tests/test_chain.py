@@ -132,7 +132,7 @@ def test_two_named_links_have_values_and_slots_of_their_own(backend):
         b = u if t == 0 else lerp(b, u, 0.5)
         moved = moved - (u + 2.0 * b)
         torch.testing.assert_close(p.detach(), moved, **CLOSE)
-    assert optimizer.state[p].keys() == {"step", "slow_grad_ema", "fast_grad_ema"}
+    assert optimizer.state[p].keys() == {"filter_step", "slow_grad_ema", "fast_grad_ema"}
     torch.testing.assert_close(optimizer.state[p]["slow_grad_ema"], a, **CLOSE)
     group["fast.lamb"] = 0.0  # a link's argument is a hyperparameter like any other
     before = p.detach().clone()

@@ -52,3 +52,18 @@ def test_the_first_group_may_be_removed():
     q.grad = torch.ones(2)
     optimizer.step()
     assert q[0] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("transform", "key", "value"),
+    [
+        (gradkit.transforms.clip_by_norm(1.0), "clip_by_norm.max_norm", -5.0),
+        (gradkit.transforms.clip_by_value(1.0, name="cut"), "cut.limit", float("nan")),
+        (gradkit.transforms.grokfast_ema(), "grokfast_ema.alpha", 3.0),
+        (gradkit.transforms.grokfast_ma(), "grokfast_ma.window", 0),
+        (gradkit.transforms.grokfast_ma(), "grokfast_ma.mode", "bogus"),
+    ],
+)
+def test_a_transforms_argument_in_a_group_has_its_range_too(transform, key, value):
+    with pytest.raises(ValueError, match=f"{key.split('.')[1]}={value!r}: "):
+        gradkit.AdamW([{"params": [torch.nn.Parameter(torch.ones(2))], key: value}], transforms=[transform])

@@ -4,8 +4,10 @@ import math
 
 from ..chain import Chain, chain
 from ..ops import absolute, minimum, sign, sqrt, where
-from ..options import LIMIT, check_number
+from ..options import LIMIT
 from ..transform import measure, rule
+
+BELOW = {"max_norm": LIMIT}
 
 
 @rule
@@ -53,11 +55,10 @@ def clip_by_global_norm(max_norm: float, norm_type: float = 2, name: str | None 
 
     norm_type: 1, 2 or infinity. A NaN norm makes every gradient NaN, as there.
     """
-    check_number("clip_by_global_norm", "max_norm", max_norm, LIMIT)
     kinds = {1.0: magnitudes, 2.0: squares, math.inf: largest}
     if norm_type not in kinds:
         raise ValueError(f"clip_by_global_norm: norm_type={norm_type!r}: use 1, 2 or float('inf')")
-    return chain(kinds[norm_type], scale, name="clip_by_global_norm", max_norm=max_norm).named(name)
+    return chain(kinds[norm_type], scale, name="clip_by_global_norm", ranges=BELOW, max_norm=max_norm).named(name)
 
 
 def clip_by_norm(max_norm: float, name: str | None = None) -> Chain:
@@ -65,11 +66,9 @@ def clip_by_norm(max_norm: float, name: str | None = None) -> Chain:
 
     g <- g min(1, max_norm / (|g| + 1e-6))
     """
-    check_number("clip_by_norm", "max_norm", max_norm, LIMIT)
-    return chain(squares_of_each, scale, name="clip_by_norm", max_norm=max_norm).named(name)
+    return chain(squares_of_each, scale, name="clip_by_norm", ranges=BELOW, max_norm=max_norm).named(name)
 
 
 def clip_by_value(limit: float, name: str | None = None) -> Chain:
     """Cut each entry of the gradient to [-limit, limit]."""
-    check_number("clip_by_value", "limit", limit, LIMIT)
-    return chain(clip_value, name="clip_by_value", limit=limit).named(name)
+    return chain(clip_value, name="clip_by_value", ranges={"limit": LIMIT}, limit=limit).named(name)

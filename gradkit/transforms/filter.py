@@ -6,7 +6,7 @@ import torch
 
 from ..chain import Chain, chain
 from ..ops import lerp, where
-from ..options import FRACTION, NOT_NEGATIVE, STEPS, check_number
+from ..options import FRACTION, NOT_NEGATIVE, STEPS
 from ..transform import Slot, derive, rule
 
 STARTS = ("first", "zero")
@@ -47,6 +47,7 @@ def ma_filter(u, grad_ring, grad_head, grad_tail, wrap, factor):
 
 @derive("filter_step")
 def ma_scalars(window, lamb, mode, warmup, filter_step):
+    check_choice("grokfast_ma", "mode", mode, AVERAGES)  # a group may have been edited
     on = filter_step >= window or not warmup
     count = min(filter_step, window) if mode == "mean" else 1.0
     return {"wrap": (filter_step - 1) % window == 0, "factor": lamb / count if on else 0.0}
@@ -59,11 +60,10 @@ def grokfast_ema(alpha: float = 0.98, lamb: float = 2.0, init: str = "first", na
     lamb: weight of the average.
     init: "first", the average starts at the first gradient (the authors' code), or "zero".
     """
-    check_number("grokfast_ema", "alpha", alpha, FRACTION)
-    check_number("grokfast_ema", "lamb", lamb, NOT_NEGATIVE)
     check_choice("grokfast_ema", "init", init, STARTS)
     start = ema_from_first if init == "first" else ema_from_zero
-    return chain(ema_filter, derive=start, name="grokfast_ema", alpha=alpha, lamb=lamb).named(name)
+    ranges = {"alpha": FRACTION, "lamb": NOT_NEGATIVE}
+    return chain(ema_filter, derive=start, name="grokfast_ema", ranges=ranges, alpha=alpha, lamb=lamb).named(name)
 
 
 def grokfast_ma(
@@ -73,8 +73,7 @@ def grokfast_ma(
 
     warmup: leave the gradient alone until the window is full.
     """
-    check_number("grokfast_ma", "window", window, STEPS)
-    check_number("grokfast_ma", "lamb", lamb, NOT_NEGATIVE)
     check_choice("grokfast_ma", "mode", mode, AVERAGES)
     arguments = {"window": window, "lamb": lamb, "mode": mode, "warmup": warmup}
-    return chain(ma_filter, derive=ma_scalars, name="grokfast_ma", **arguments).named(name)
+    ranges = {"window": STEPS, "lamb": NOT_NEGATIVE}
+    return chain(ma_filter, derive=ma_scalars, name="grokfast_ma", ranges=ranges, **arguments).named(name)
