@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,19 +43,27 @@ TORCH_FLAGS = ("fused", "foreach", "capturable", "differentiable")
 
 
 class Range(NamedTuple):
-    """Where a number may lie (NaN lies nowhere), in words and as a test."""
+    """Where a number may lie, in words and as data; NaN lies nowhere."""
 
     words: str
-    holds: Callable[[float], bool]
+    low: float
+    high: float = math.inf  # itself not included, unless endless
+    above: bool = False  # low is not included
+    endless: bool = False  # infinity is a value
+    whole: bool = False
     optional: bool = False
 
+    def holds(self, x: float) -> bool:
+        inside = (self.low < x if self.above else self.low <= x) and (x < self.high or self.endless)
+        return inside and (not self.whole or x == int(x))
 
-NOT_NEGATIVE = Range("a number >= 0", lambda x: 0 <= x < math.inf)
-POSITIVE = Range("a number > 0", lambda x: 0 < x < math.inf)
-LIMIT = Range("a number > 0", lambda x: x > 0)  # infinity turns it off
-FRACTION = Range("a number in [0, 1)", lambda x: 0 <= x < 1)
-STEPS = Range("a whole number >= 1", lambda x: 1 <= x < math.inf and x == int(x))
-SEED = Range("a whole number in [0, 2**32)", lambda x: 0 <= x < 2**32 and x == int(x))
+
+NOT_NEGATIVE = Range("a number >= 0", 0)
+POSITIVE = Range("a number > 0", 0, above=True)
+LIMIT = Range("a number > 0", 0, above=True, endless=True)  # infinity turns it off
+FRACTION = Range("a number in [0, 1)", 0, 1)
+STEPS = Range("a whole number >= 1", 1, whole=True)
+SEED = Range("a whole number in [0, 2**32)", 0, 2**32, whole=True)
 RANGES = {"lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "eps": POSITIVE, "betas": FRACTION, "seed": SEED}
 
 
