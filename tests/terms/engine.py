@@ -25,7 +25,7 @@ MUTANTS = (
             "np.array([0 for key in keys]",
             hostile("adamw", "late"),
         ),
-        ("ring position, eager", "int(self.positions[t]) % len(slot)", "0", hostile(WINDOW)),
+        ("ring position, eager", "int(self.positions[name][t]) % len(slot)", "0", hostile(WINDOW)),
     ),
     *rows(
         "backends/eager.py",
@@ -55,8 +55,8 @@ MUTANTS = (
         "backends/native.py",
         (
             "ring position, native",
-            "b.positions % [len(t) for t in ring]",
-            "b.positions % 1",
+            "b.positions[name] % [len(t) for t in ring]",
+            "b.positions[name] % 1",
             hostile(WINDOW, backend="native"),
         ),
     ),
