@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from .options import Range, check_number
-from .transform import Derive, Measure, Rule, Stage
+from .transform import Derive, Measure, Rule, Slot, Stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,23 +57,10 @@ class Chain:
 class Placed(NamedTuple):
     """A link at its place in a chain."""
 
-    link: Rule | Measure
+    link: Any  # a Rule or a Measure
     chain: Chain
     stage: Stage
-
-    def slot(self, name: str) -> str:
-        """The name in `state[p]` of a slot that the link calls `name`."""
-        return self.chain.prefix + name
-
-    @property
-    def rule(self) -> Rule:
-        assert isinstance(self.link, Rule)
-        return self.link
-
-    @property
-    def measure(self) -> Measure:
-        assert isinstance(self.link, Measure)
-        return self.link
+    holds: tuple[str, ...] = ()  # what `state[p]` calls the rule's slots, once their owners are known
 
     @property
     def label(self) -> str:
@@ -129,14 +116,15 @@ def assemble(users: Sequence[Chain], built_in: Chain, l2: Chain | None, last: Ch
     return pieces + last.place()
 
 
-def check_slots(pieces: Sequence[Placed]) -> dict[str, tuple[Placed, Any]]:
-    """Each slot by its name in the state -> (owner, Slot): one owner each, and no borrower without one."""
-    owners: dict[str, tuple[Placed, Any]] = {}
+def share_slots(pieces: Sequence[Placed]) -> tuple[list[Placed], dict[str, tuple[Placed, Slot]]]:
+    """The links with the slots that they hold, and each slot's owner: exactly one.
+
+    A chain's name is a prefix of what it owns. A borrower finds its own chain's slot first, then that without prefix.
+    """
+    owners: dict[str, tuple[Placed, Slot]] = {}
     for piece in pieces:
-        if isinstance(piece.link, Measure):
-            continue
         for slot in piece.link.slots:
-            name = piece.slot(slot.name)
+            name = piece.chain.prefix + slot.name
             if name in owners:
                 raise ValueError(
                     f"two owners of the slot {name!r}: {owners[name][0].label} and {piece.label}; "
@@ -144,10 +132,14 @@ def check_slots(pieces: Sequence[Placed]) -> dict[str, tuple[Placed, Any]]:
                 )
             owners[name] = piece, slot
     for piece in pieces:
-        for name in piece.link.uses if isinstance(piece.link, Rule) else ():
-            if piece.slot(name) not in owners:
-                raise ValueError(
-                    f"{piece.label} borrows the slot {piece.slot(name)!r}, which no link of the chain owns; "
-                    f"the chain has {', '.join(owners) or 'no slots'}"
-                )
-    return owners
+        if lost := [n for n in piece.link.uses if not {n, piece.chain.prefix + n} & {*owners}]:
+            raise ValueError(
+                f"{piece.label} borrows the slot {lost[0]!r}, which no link of the chain owns; "
+                f"the chain has {', '.join(owners) or 'no slots'}"
+            )
+
+    def held(piece: Placed) -> Placed:
+        prefix = piece.chain.prefix
+        return piece._replace(holds=tuple(prefix + n if prefix + n in owners else n for n in piece.link.holds))
+
+    return list(map(held, pieces)), owners

@@ -29,7 +29,7 @@ def describe(optimizer: "Optimizer") -> str:
         lines.append(f"{len(batch.owners)} tensors, {numel} elements{here}: {dtypes} on {batch.device}")
         lines.append("  chain: " + " -> ".join(x.label for x in batch.program.pieces))
         lines += [f"  pass {k}: {one_pass(batch, ps)}" for k, ps in enumerate(passes, 1)]
-        count = len(passes) if backend.name == "native" else f"{len(batch.owners)} x {len(passes)} eager"
+        count = len(passes) if backend.name == "native" else f"{len(batch.owners)} x {len(passes)} {backend.name}"
         lines.append(f"  launches: {count}; {sum(moved(batch, ps) for ps in passes)} bytes an element")
         slots = ", ".join(f"{n} {short(d)}" for n, d in batch.slot_dtypes.items())
         slots += ", compensation" if batch.rounding == "kahan" else ""
@@ -64,7 +64,7 @@ def one_pass(batch: "Batch", ps: "Pass") -> str:
     rules = " -> ".join(x.label for _, x in ps.rules) or "g"
     what = "apply"
     if ps.measure:
-        link = ps.measure.measure
+        link = ps.measure.link
         what = f"{ps.measure.label}: {', '.join(link.reduce.values())} over {link.scope}"
     return f"{rules} | {what} | {moved(batch, ps)} bytes an element"
 
@@ -82,13 +82,11 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
         plan = optimizer._make_plan(params, grads, [])
     finally:
         optimizer.state = state
-    clock = float(optimizer.param_groups[0].get("clock", 0.0)) + 1
     for batch in plan.batches:
         batch.backend = Eager(batch)
         batch.bind(grads)
-        batch.begin(clock)
-    for ready in plan.schedule:
-        plan.measure(ready, optimizer.param_groups, clock)
+    plan.begin(optimizer.param_groups)
+    plan.reduce()
     steps: list[tuple[str, Tensor]] = []
     for batch in plan.batches:
         for t, q in enumerate(batch.owners):

@@ -11,6 +11,7 @@ from . import sharding
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
+    from .plan import Program
 
 CARRIED = ("lr", "initial_lr", "weight_decay", "maximize", "params", "param_names")
 log = logging.getLogger("gradkit")
@@ -20,40 +21,39 @@ def same_class(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> bool:
     return all(g.get("algorithm") == type(optimizer).__name__ for g in state_dict["param_groups"])
 
 
-def pairs(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict, Mapping[str, Any]]]:
-    """Each parameter with its group as it will be, and what the file has of its state."""
+def pairs(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict, "Program", Mapping]]:
+    """Each parameter, its group as it will be and what that runs, and what the file has of its state."""
     same = same_class(optimizer, state_dict)
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        final = {**group, **{k: on_host(v) for k, v in saved.items() if same or k in CARRIED}}
+        program = optimizer.check_group(final)
         for p, i in zip(group["params"], saved["params"], strict=True):
-            yield p, {**group, **saved} if same else group, state_dict["state"].get(i, {})
+            yield p, final, program, state_dict["state"].get(i, {})
 
 
 def check(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
     """Raise if the file belongs to another model."""
-    who = type(optimizer).__name__
+    who = f"{type(optimizer).__name__}.load_state_dict"
     counts = [[len(g["params"]) for g in groups] for groups in (optimizer.param_groups, state_dict["param_groups"])]
     if counts[0] != counts[1]:
         raise ValueError(
-            f"{who}.load_state_dict: the state dict has groups of {counts[1]} parameters, this optimizer {counts[0]}; "
+            f"{who}: the state dict has groups of {counts[1]} parameters, this optimizer {counts[0]}; "
             f"make the optimizer for the same model and groups"
         )
     same = same_class(optimizer, state_dict)
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        optimizer._check_program({**group, **{k: v for k, v in saved.items() if same or k in CARRIED}})
-    for n, (p, group, saved) in enumerate(pairs(optimizer, state_dict)):
-        rings = optimizer.program(group).rings if same else ()
-        for name, value in saved.items():
-            if not isinstance(value, Tensor) or not value.dim():
-                continue
+    for n, (p, group, program, saved) in enumerate(pairs(optimizer, state_dict)):
+        for name in (n for n in program.layout(p, group) if isinstance(saved.get(n), Tensor)):
+            value, length = saved[name], program.ring_length(name, group)
             if sharding.is_sharded(value) != sharding.is_sharded(p):
                 raise ValueError(
-                    f"{who}.load_state_dict: {name!r} of parameter {n} and the parameter must both be sharded or "
-                    f"plain; use torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+                    f"{who}: {name!r} of parameter {n} and the parameter must both be sharded or plain; "
+                    f"use torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
                 )
-            if same and value.shape[name in rings :] != p.shape:
+            wanted = p.shape if length is None else (length, *p.shape)
+            if same and value.shape != wanted:
                 raise ValueError(
-                    f"{who}.load_state_dict: {name!r} of parameter {n} has shape {tuple(value.shape)}, the parameter "
-                    f"{tuple(p.shape)}; load a state dict that was saved for this model"
+                    f"{who}: {name!r} of parameter {n} has shape {tuple(value.shape)}, it needs {tuple(wanted)}; "
+                    f"load a state dict that was saved for this model"
                 )
 
 
@@ -68,29 +68,24 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
             del group[key]
         for key, value in old.items():
             group.setdefault(key, value)
-        for key, value in group.items():  # the host reads them; `map_location` may have moved them
-            if isinstance(value, Tensor):
-                group[key] = value.cpu()
+        for key, value in group.items():
+            group[key] = on_host(value)
+    wanted: set[str] = set()
     taken: set[str] = set()
-    for p, group, saved in pairs(optimizer, state_dict):
-        program = optimizer.program(group)
-        declared = {n: program.slot_dtype(n, p, group) for n in program.slots}
-        declared |= dict.fromkeys(program.scalars.counters, torch.float32)
-        if group["rounding"] == "kahan":
-            declared["compensation"] = p.dtype
-        fits = {
-            n: v
-            for n, v in saved.items()
-            if same or (n in declared and (n in program.scalars.counters or v.shape == p.shape))
+    for p, group, program, saved in pairs(optimizer, state_dict):
+        dtypes, counters = program.layout(p, group), program.scalars.counters
+        slots = {
+            n: saved[n].detach().to(device=p.device, dtype=dtype, copy=True)
+            for n, dtype in dtypes.items()
+            if isinstance(saved.get(n), Tensor) and (same or saved[n].shape == p.shape)
         }
-        if not same and not set(fits) - set(program.scalars.counters):
-            fits = {}  # a count without the moments that it belongs to would switch the bias corrections off
-        taken |= fits.keys()
-        optimizer.state[p] = {n: copied(v, declared.get(n), p, n in program.scalars.counters) for n, v in fits.items()}
-        if not fits:
-            del optimizer.state[p]
+        if slots or (same and saved):  # a count without its moments would switch the bias corrections off
+            counts = {n: torch.tensor(float(saved[n]), dtype=torch.float32) for n in counters if n in saved}
+            optimizer.state[p] = {**counts, **slots}
+        else:
+            optimizer.state.pop(p, None)
+        wanted, taken = wanted | {*program.slots}, taken | {*slots}
     if not same:
-        wanted = {n for g in optimizer.param_groups for n in optimizer.program(g).slots}
         log.info(
             "%s: took %s and lr, weight_decay, maximize from a state dict of another optimizer; %s",
             type(optimizer).__name__,
@@ -99,8 +94,6 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
         )
 
 
-def copied(value: Any, dtype: torch.dtype | None, p: Tensor, counter: bool) -> Any:
-    """The file's value as our own tensor, on the parameter's device; counters on the CPU."""
-    if not isinstance(value, Tensor):
-        return torch.tensor(float(value)) if counter else value
-    return value.detach().to(device="cpu" if counter else p.device, dtype=dtype or value.dtype, copy=True)
+def on_host(value: Any) -> Any:
+    """The host reads a group's numbers; `map_location` may have moved them."""
+    return value.cpu() if isinstance(value, Tensor) else value

@@ -1,6 +1,6 @@
 """Optimizer: groups, state, loading, closure; runs a plan."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import loading, sharding
 from .backends import choose
-from .chain import Chain, Placed, assemble
+from .chain import Chain, assemble
 from .explain import describe, trace
 from .options import (
     DTYPES,
@@ -17,14 +17,14 @@ from .options import (
     Range,
     builtin,
     check_values,
+    hint,
     listed,
     own_defaults,
     refuse_flags,
     split_options,
 )
-from .plan import Batch, Plan, Program
-from .scalars import plain
-from .transform import Measure
+from .plan import Batch, Kind, Plan, Program, kind_of
+from .scalars import shared
 from .transforms.decay import last_links
 
 BOOKKEEPING = ("params", "param_names", "clock", "lr_ref", "algorithm")
@@ -55,16 +55,15 @@ class Optimizer(torch.optim.Optimizer):
         for c in (*self.transforms, *([chain] if chain is not None else [])):
             if not isinstance(c, Chain):
                 raise TypeError(f"{who}: {c!r} is no chain or transform; call it, e.g. clip_by_global_norm(1.0)")
-        self._check_values({"backend": self.backend})
         self._plan: Plan | None = None
         self._programs: dict[tuple, Program] = {}
         defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
-        self._check_values(defaults)
+        self._check_values({**defaults, "backend": self.backend})
         super().__init__(params, defaults)
 
     def _check_values(self, values: Mapping[str, Any]) -> None:
-        chains = [c for whole in (*self.transforms, *([self.chain] if self.chain else [])) for c in whole.walk()]
-        of_chains = {f"{c.name}.{name}": allowed for c in chains for name, allowed in c.ranges.items()}
+        whole = (*self.transforms, *([self.chain] if self.chain else []))
+        of_chains = {f"{c.name}.{n}": allowed for x in whole for c in x.walk() for n, allowed in c.ranges.items()}
         check_values(type(self).__name__, values, own_defaults(type(self)), {**self.ranges, **of_chains})
 
     def links(self, group: Mapping[str, Any]) -> Chain:
@@ -73,55 +72,49 @@ class Optimizer(torch.optim.Optimizer):
         return self.chain
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch; its values are checked first."""
-        if not isinstance(param_group, dict) or "params" not in param_group:
-            raise TypeError(f"{type(self).__name__}: a group is a dict such as {{'params': [...], 'lr': 0.1}}")
-        given = {k: builtin(v) for k, v in param_group.items() if k not in ("params", "param_names")}
-        values = {**{k: builtin(v) for k, v in self.defaults.items()}, **given}
+        """Add a group, as in torch; everything is checked first."""
         who = type(self).__name__
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"{who}: a group is a dict such as {{'params': [...], 'lr': 0.1}}")
         for name in ("backend", "transforms"):
             if name in param_group:
                 raise ValueError(f"{who}: {name}= belongs to the optimizer, not to a group; give it to {who}(...)")
         refuse_flags(who, param_group)
-        self._check_values(values)
-        built_in = self.links(values)
-        for c in (x for whole in (*self.transforms, built_in) for x in whole.walk()):
-            for name, value in c.arguments.items():
-                values.setdefault(f"{c.name}.{name}", value)
-        values.setdefault("lr_ref", float(values["lr"]))
-        values["algorithm"] = who
+        group = {**self.defaults, **param_group}
+        group = {k: v if k in ("params", "param_names") else builtin(v) for k, v in group.items()}
+        group.setdefault("lr_ref", group["lr"])
+        program = self.check_group(group, getattr(self, "param_groups", ()))
+        arguments = {f"{x.chain.name}.{n}": v for x in program.pieces for n, v in x.chain.arguments.items()}
+        for name in param_group:
+            if "." in name and name not in arguments:
+                raise ValueError(f"{who}: the group's {name!r} belongs to no link{hint(name, arguments)}")
+        group = {**arguments, **group, "lr_ref": float(group["lr_ref"]), "algorithm": who}
         if not getattr(self, "param_groups", None):
-            values["clock"] = torch.zeros((), dtype=torch.float64)
-        self._check_program(values)
-        param_group.update(values)
-        params = param_group.get("params")
-        if isinstance(params, Tensor):
-            params = [params]
+            group["clock"] = torch.zeros((), dtype=torch.float64)
+        params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
         if not isinstance(params, set):  # which torch refuses, for it has no order
-            param_group["params"] = params = list(params or ())
+            group["params"] = params = list(params or ())
         for p in params:
             tensor = p[1] if isinstance(p, tuple) else p
             if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES:
                 use = "torch.view_as_real" if tensor.is_complex() else f"one of {listed(DTYPES)}"
                 raise TypeError(f"{who}: a parameter of dtype {tensor.dtype} is not supported: use {use}")
-        super().add_param_group(param_group)
+        super().add_param_group(group)
+        param_group.update(group)  # as in torch, the user's own dict becomes the group
+        self.param_groups[-1] = param_group
         self._plan = None
 
-    def _check_program(self, group: Mapping[str, Any]) -> None:
-        """Raise if a value can't be used, or the group's chain lacks an order, a slot's owner or a scalar."""
+    def check_group(self, group: Mapping[str, Any], beside: Iterable[Mapping[str, Any]] = ()) -> Program:
+        """The chain that a group runs; raises if it lacks an order, a slot's owner or a scalar, or a value is wrong."""
         self._check_values(group)
-        program = self.program(group)
-        program.scalars.row(group, dict.fromkeys(program.scalars.counters, 1.0), 1.0)
-        groups = [*getattr(self, "param_groups", ()), group]
-        for piece in (x for x in program.pieces if isinstance(x.link, Measure) and x.link.scope == "all"):
-            program.scalars.shared(piece, groups, 1.0)
-            check_shared(type(self).__name__, piece, groups)
-
-    def program(self, group: Mapping[str, Any]) -> Program:
-        """The checked chain that a group runs."""
         l2, last = last_links(group["decay"], group["weight_decay"])
         made = Program(assemble(self.transforms, self.links(group), l2, last), group)
-        return self._programs.setdefault(made.key(), made)
+        program = self._programs.setdefault(made.key(), made)
+        program.scalars.row(group, dict.fromkeys(program.scalars.counters, 1.0), 1.0)
+        for ps in program.passes:
+            if ps.measure and ps.measure.link.scope == "all":
+                shared(ps.measure, [*beside, group], 1.0)
+        return program
 
     @torch._disable_dynamo  # traced, the table of scalars would be baked in
     @torch.no_grad()
@@ -145,41 +138,24 @@ class Optimizer(torch.optim.Optimizer):
             plan = self._plan = self._make_plan(params, grads, structure)
             if not plan.fits(self.state, params, grads, structure):
                 raise RuntimeError(f"{type(self).__name__}: parameters or gradients have no memory to step on")
-        for ready in plan.schedule:
-            check_shared(type(self).__name__, ready[0][1].measured, self.param_groups)
-        first = self.param_groups[0]
-        clock = float(first.setdefault("clock", torch.zeros((), dtype=torch.float64))) + 1
-        for batch in plan.batches:
-            batch.begin(clock)
-        first["clock"] += 1  # nothing has changed up to here
-        for batch in plan.batches:
+        plan.begin(self.param_groups)
+        self.param_groups[0].setdefault("clock", torch.zeros((), dtype=torch.float64)).add_(1)
+        for batch in plan.batches:  # nothing has changed up to here
             batch.count()
-        for ready in plan.schedule:
-            plan.measure(ready, self.param_groups, clock)
-        for batch in plan.batches:
-            batch.backend.apply(batch.program.passes[-1])
-            batch.grads = []
+        plan.reduce()
+        plan.apply()
         return loss
 
     def batches(self, params: list[Tensor], active: list[bool]) -> list[Batch]:
         """The active parameters by program, device and dtypes; makes and changes nothing."""
-        members: dict[tuple, tuple[Program, list[Tensor], list[int], list[int]]] = {}
-        i = -1
+        members: dict[Kind, list[tuple[Tensor, int, int]]] = {}
+        numbered = enumerate(active)
         for n, group in enumerate(self.param_groups):
-            self._check_program(group)
-            program = self.program(group)
-            for p in group["params"]:
-                i += 1
-                if not active[i]:
-                    continue
-                one = Batch(program, [p], [i], [n], self.param_groups)
-                dtypes = (one.dtype, one.gdtype, *one.slot_dtypes.values())
-                key = (id(program), one.device, one.rounding, one.detour, *dtypes)
-                _, owners, index, group_of = members.setdefault(key, (program, [], [], []))
-                owners.append(p)
-                index.append(i)
-                group_of.append(n)
-        return [Batch(*m, self.param_groups) for m in members.values()]
+            program = self.check_group(group)
+            for p, (i, wanted) in zip(group["params"], numbered, strict=False):
+                if wanted:
+                    members.setdefault(kind_of(program, p, group), []).append((p, i, n))
+        return [Batch(kind, m, self.param_groups) for kind, m in members.items()]
 
     def _make_plan(self, params: list[Tensor], grads: list[Tensor | None], structure: list) -> Plan:
         who = type(self).__name__
@@ -198,25 +174,23 @@ class Optimizer(torch.optim.Optimizer):
                     f"{who}: parameter {i} is {tuple(p.shape)} on {p.device}, its gradient {tuple(g.shape)} on "
                     f"{g.device}; call zero_grad() after a parameter was replaced"
                 )
-        batches = self.batches(params, [g is not None for g in grads])
-        plan = Plan(batches, params, grads, structure)
-        for batch in batches:
-            batch.backend, _ = choose(self.backend, batch)
+        plan = Plan(self.batches(params, [g is not None for g in grads]), params, grads, structure)
+        chosen = [choose(self.backend, batch)[0] for batch in plan.batches]
         self._make_state({p for p, g in zip(params, grads, strict=True) if p.requires_grad or g is not None})
         plan.attach(self.state)
+        for batch, backend in zip(plan.batches, chosen, strict=True):
+            batch.backend = backend(batch)
         return plan
 
     def _make_state(self, wanted: set[Tensor]) -> None:
         """Slots of every parameter that is or may be trained: a distributed checkpoint lacks those made later."""
+        who = type(self).__name__
         for group in self.param_groups:
-            program = self.program(group)
+            program = self.check_group(group)
             for p in (p for p in group["params"] if p in wanted):
                 state = self.state[p]
-                for name in program.slots:
-                    dtype = program.slot_dtype(name, p, group)
-                    state[name] = laid_out(state.get(name), p, dtype, program.ring_length(name, group), name)
-                if group["rounding"] == "kahan" and p.dtype in (torch.bfloat16, torch.float16):
-                    state["compensation"] = laid_out(state.get("compensation"), p, p.dtype, None, "compensation")
+                for name, dtype in program.layout(p, group).items():
+                    state[name] = laid_out(state.get(name), p, dtype, program.ring_length(name, group), who, name)
                 for name in program.scalars.counters:
                     state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float32, device="cpu")
 
@@ -262,18 +236,6 @@ class Optimizer(torch.optim.Optimizer):
         return trace(self, p)
 
 
-def check_shared(who: str, piece: Placed, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise if an argument of a measure over all tensors, which has one value, differs between groups."""
-    if len(groups) > 1 and piece.measure.scope == "all":
-        for key in (f"{piece.chain.name}.{n}" for n in piece.chain.arguments):
-            values = [plain(g[key]) for g in groups if key in g]
-            if values.count(values[0]) < len(values):
-                raise ValueError(
-                    f"{who}: {key} is {values} in the groups: {piece.label} is over all tensors and has one value; "
-                    f"set it alike in every group"
-                )
-
-
 def shape_of(value: Any) -> Any:
     """What a chain may be built from: anything, but of a float only whether it is zero."""
     if isinstance(value, float) or (isinstance(value, Tensor) and value.dim() == 0):
@@ -283,18 +245,22 @@ def shape_of(value: Any) -> Any:
     return (type(value), value) if isinstance(value, str | int | None | torch.dtype) else id(value)
 
 
-def laid_out(old: Tensor | None, p: Tensor, dtype: torch.dtype, length: int | None, name: str) -> Tensor:
+def laid_out(old: Tensor | None, p: Tensor, dtype: torch.dtype, length: int | None, who: str, name: str) -> Tensor:
     """A slot of p's layout: the old one where it fits, else a new one with its values."""
-    if old is not None:
-        flat, ring = sharding.local(p), () if length is None else (length,)
-        wanted = (dtype, flat.device, (*ring, *flat.shape), (*(max(1, flat.numel()) for _ in ring), *flat.stride()))
-        have = sharding.local(old)
-        if have.shape != wanted[2]:
-            raise ValueError(f"the slot {name!r} has shape {tuple(have.shape)}, it needs {wanted[2]}; delete it")
-        same = wanted == (have.dtype, have.device, have.shape, have.stride())
-        if same and sharding.is_sharded(old) == sharding.is_sharded(p):
-            return old
+    if old is None:
+        return sharding.slot(p, dtype, length)
+    have, flat = sharding.local(old), sharding.local(p)
+    shape, stride = flat.shape, flat.stride()
+    if length is not None:
+        shape, stride = (length, *shape), (max(1, flat.numel()), *stride)
+    if have.shape != shape:
+        raise ValueError(
+            f"{who}: the slot {name!r} of a parameter of shape {tuple(p.shape)} is {tuple(have.shape)}, it needs "
+            f"{tuple(shape)}; delete it from the state"
+        )
+    alike = (have.dtype, have.device, have.stride()) == (dtype, flat.device, stride)
+    if alike and (have is old) == (flat is p):
+        return old
     new = sharding.slot(p, dtype, length)
-    if old is not None:
-        sharding.local(new).copy_(have)
+    sharding.local(new).copy_(have)
     return new

@@ -3,14 +3,15 @@
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import sharding
-from .chain import Placed, check_slots
+from .chain import Placed, share_slots
+from .reduction import order
 from .scalars import Scalars, look, number
 from .transform import Measure, Rule
 
@@ -22,25 +23,20 @@ class Pass:
     """The rules up to a measure, recomputed, which store nothing; or all rules, and the stores."""
 
     def __init__(self, pieces: Sequence[Placed], end: int):
-        self.measure = pieces[end] if end < len(pieces) else None
+        self.measure: Any = pieces[end] if end < len(pieces) else None  # a Placed
         self.end = end
         self.rules = [(i, x) for i, x in enumerate(pieces[:end]) if isinstance(x.link, Rule)]
-        self.slots = list(dict.fromkeys(x.slot(n) for _, x in self.rules for n in x.rule.holds))
+        self.slots = list(dict.fromkeys(n for _, x in self.rules for n in x.holds))
         seen = [x.link.sees for x in (*(x for _, x in self.rules), *([self.measure] if self.measure else []))]
         self.reads_p = self.measure is None or any("p" in names for names in seen)
-
-    @property
-    def measured(self) -> Placed:
-        assert self.measure is not None
-        return self.measure
 
 
 class Program:
     """A chain that was checked: its scalars, slots and passes."""
 
     def __init__(self, pieces: Sequence[Placed], group: Mapping[str, Any]):
+        pieces, owners = share_slots(pieces)
         self.pieces, self.maximize = pieces, bool(group["maximize"])
-        owners = check_slots(pieces)
         self.scalars = Scalars(pieces, group)
         self.slots = {name: slot for name, (_, slot) in owners.items()}
         self.rings = {name: piece for name, (piece, slot) in owners.items() if slot.kind == "ring"}
@@ -61,7 +57,12 @@ class Program:
     def slot_dtype(self, name: str, p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
         declared = self.slots[name].dtype or group["state_dtype"]
         full = declared is None or (declared == torch.float32 and self.slots[name].dtype is not None)
-        return compute_dtype(p) if full else declared
+        return compute_dtype(p.dtype) if full else declared
+
+    def layout(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, torch.dtype]:
+        """What `state[p]` holds beside counters."""
+        rest = {"compensation": p.dtype} if rounding_of(p, group) == "kahan" else {}
+        return {n: self.slot_dtype(n, p, group) for n in self.slots} | rest
 
     def ring_length(self, name: str, group: Mapping[str, Any]) -> int | None:
         if name not in self.rings:
@@ -70,8 +71,12 @@ class Program:
         return int(number(piece, wanted, look(piece, wanted, group, {}, 0.0)))
 
 
-def compute_dtype(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
+def rounding_of(p: Tensor, group: Mapping[str, Any]) -> str:
+    return group["rounding"] if p.dtype in (torch.bfloat16, torch.float16) else "nearest"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def dense(t: Tensor) -> bool:
@@ -84,22 +89,42 @@ def dense(t: Tensor) -> bool:
     return True
 
 
+class Kind(NamedTuple):
+    """What the tensors of a batch have in common."""
+
+    program: Program
+    device: torch.device
+    dtype: torch.dtype
+    gdtype: torch.dtype
+    slots: tuple[torch.dtype, ...]
+    rounding: str
+    detour: str  # why only eager can run it; empty if any backend can
+
+    @property
+    def compute(self) -> torch.dtype:
+        return compute_dtype(self.dtype)
+
+
+def kind_of(program: Program, p: Tensor, group: Mapping[str, Any]) -> Kind:
+    gdtype = (p if p.grad is None else p.grad).dtype
+    slots = tuple(program.slot_dtype(n, p, group) for n in program.slots)
+    rounding = rounding_of(p, group)
+    return Kind(program, p.device, p.dtype, gdtype, slots, rounding, detour(p, rounding))
+
+
 class Batch:
-    """Tensors of one program, device and set of dtypes: what one launch covers."""
+    """Tensors of one kind: what one launch covers."""
 
     backend: "Eager | Native"  # chosen when the plan is made
 
-    def __init__(self, program: Program, owners: list[Tensor], index: list[int], group: list[int], groups: list[dict]):
-        self.program, self.owners, self.index, self.groups = program, owners, index, groups
-        self.group = group  # of each tensor
-        first, options = owners[0], groups[group[0]]
-        self.dtype, self.device = first.dtype, first.device
-        self.compute = compute_dtype(first)
-        self.gdtype = (first.grad if first.grad is not None else first).dtype
-        self.slot_dtypes = {n: program.slot_dtype(n, first, options) for n in program.slots}
-        self.rounding = options["rounding"] if self.dtype in (torch.bfloat16, torch.float16) else "nearest"
-        self.detour = detour(first, self.rounding)
-        self.sharded = any(map(sharding.is_sharded, owners))  # a placement that can't be stepped raised by now
+    def __init__(self, kind: Kind, members: list[tuple[Tensor, int, int]], groups: list[dict]):
+        self.kind, self.compute, self.groups = kind, kind.compute, groups
+        self.owners = [p for p, _, _ in members]
+        self.index = [i for _, i, _ in members]  # among all parameters
+        self.group = [n for _, _, n in members]
+        self.program, self.device, self.dtype, self.gdtype, slots, self.rounding, self.detour = kind
+        self.slot_dtypes = dict(zip(self.program.slots, slots, strict=True))
+        self.sharded = any(map(sharding.is_sharded, self.owners))  # a placement that can't be stepped raised by now
 
     def attach(self, state: Mapping[Tensor, dict]) -> None:
         """Take hold of the state, which exists by now."""
@@ -120,6 +145,7 @@ class Batch:
             self.counters[name] = vector.numpy()
         columns = len(self.program.scalars.measured)
         self.measured = torch.zeros(len(self.owners), max(1, columns), dtype=self.compute, device=self.device)
+        self.strides = [p.stride() for p in self.params]
         self.contiguous = all(p.is_contiguous() for p in self.params)
         self.row = self.first = np.zeros(0, np.int32)
 
@@ -135,9 +161,11 @@ class Batch:
         if self.sharded:
             mine = [sharding.local_grad(g, p) for g, p in zip(mine, self.owners, strict=True)]
         try:
-            plain = self.contiguous and all([g.is_contiguous() for g in mine])
-            pointers = [g.data_ptr() for g in mine]
+            plain = all(map(Tensor.is_contiguous, chain(params, mine))) and not any(map(Tensor.is_neg, mine))
+            pointers = list(map(Tensor.data_ptr, mine))
         except RuntimeError:  # a sparse gradient has neither
+            return False
+        if not (plain and self.contiguous) and [p.stride() for p in params] != self.strides:
             return False
         if {g.dtype for g in mine} != {self.gdtype}:  # an address doesn't tell: it may have been given out again
             return False
@@ -145,9 +173,9 @@ class Batch:
             return False
         if not plain:
             for t, (g, p) in enumerate(zip(mine, self.params, strict=True)):
-                if g.stride() != p.stride():
+                if g.stride() != p.stride() or g.is_neg():
                     mine[t] = torch.empty_like(p, dtype=g.dtype).copy_(g)
-            pointers = [g.data_ptr() for g in mine]
+            pointers = list(map(Tensor.data_ptr, mine))
         self.grads, self.gradients = mine, pointers
         return True
 
@@ -211,12 +239,12 @@ def same(these: list[Any], those: list[Any]) -> bool:
 
 
 class Plan:
-    """Batches and the order of their passes, for one set of parameters with gradients."""
+    """Batches and their measures in order, for one set of parameters with gradients."""
 
     def __init__(self, batches: list[Batch], params: list[Tensor], grads: Sequence[Tensor | None], structure: list):
         self.batches, self.params, self.structure = batches, params, structure
         self.missing = [g is None for g in grads]
-        self.schedule = schedule(batches)
+        self.reductions = order(batches)
         self.sharded = any(map(sharding.is_sharded, params))  # also those without a gradient on this rank
 
     def attach(self, state: Mapping[Tensor, dict]) -> None:
@@ -237,64 +265,19 @@ class Plan:
             and all([b.bind(grads) for b in self.batches])
         )
 
-    def measure(self, ready: list[tuple[Batch, Pass]], groups: Sequence[Mapping[str, Any]], clock: float) -> None:
-        """Reduce one measure over all its batches, complete it over shards, and give its results."""
-        placed = ready[0][1].measured
-        link = placed.measure
-        parts = [torch.cat((b.backend.reduce(ps), b.numel), 1) for b, ps in ready]  # the last column counts elements
-        if self.sharded:
-            totals = torch.zeros(len(self.params), parts[0].shape[1], dtype=torch.float64, device=parts[0].device)
-            for (batch, _), part in zip(ready, parts, strict=True):
-                totals[batch.index] = part.to(totals.device)
-            sharding.complete(totals, [*link.reduce.values(), "sum"], self.params)
-            parts = [totals] if link.scope == "all" else [totals[b.index].to(b.device) for b, _ in ready]
-        if link.scope == "all":
-            device = parts[0].device
-            cells = ready[0][0].program.scalars.shared(placed, groups, clock)
-            columns = [torch.tensor(c, dtype=torch.float64, device=device) for c in cells]
-            shared = finish(link, torch.cat([x.to(device) for x in parts]), columns)
-        for i, (batch, ps) in enumerate(ready):
-            scalars = batch.program.scalars
-            if link.scope == "tensor":
-                columns = [
-                    batch.measured[:, c.at].double()
-                    if c.measured
-                    else torch.from_numpy(batch.table64[batch.row, c.at]).to(batch.device)
-                    for c in scalars.of[ps.end]
-                ]
-                shared = finish(link, parts[i], columns)
-            for name, value in zip(link.gives, shared, strict=True):
-                batch.measured[:, scalars.measured.index((ps.measured.chain, name))] = value
+    def begin(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Make the coming step's numbers. Nothing is counted yet."""
+        clock = float(groups[0].get("clock", 0.0)) + 1
+        for reduction in self.reductions:
+            reduction.begin(groups, clock)
+        for batch in self.batches:
+            batch.begin(clock)
 
+    def reduce(self) -> None:
+        for reduction in self.reductions:
+            reduction.run(self.params, self.sharded)
 
-def finish(link: Measure, totals: Tensor, cells: list[Tensor]) -> tuple[Tensor, ...]:
-    """Run a measure's `finish` on vectors [tensors], or over all on their total; the last of the totals is numel."""
-    over_all = link.scope == "all"
-    columns = []
-    for j, how in enumerate(link.reduce.values()):
-        column, count = totals[:, j], totals[:, -1]
-        if over_all:
-            column, count = column.max() if how == "max" else column.sum(), count.sum()
-        columns.append(column / count.clamp(min=1) if how == "mean" else column)
-    out = link.finish(*columns, *cells)
-    return out if isinstance(out, tuple) else (out,)
-
-
-def schedule(batches: list[Batch]) -> list[list[tuple[Batch, Pass]]]:
-    """The measures in an order that suits every chain; one link's measure runs over all its batches at once."""
-
-    waiting = []
-    for batch in batches:
-        links = [ps.measure for ps in batch.program.passes if ps.measure]
-        keys = [(id(x.link), x.chain.name) for x in links]
-        named = [(*key, keys[:i].count(key)) for i, key in enumerate(keys)]
-        waiting.append((batch, list(zip(named, batch.program.passes, strict=False))))
-    order = []
-    while any(queue for _, queue in waiting):
-        heads = [queue[0][0] for _, queue in waiting if queue]
-        free = [key for key in heads if all(key not in dict(queue[1:]) for _, queue in waiting)]
-        if not free:
-            names = ", ".join(sorted({queue[0][1].measured.label for _, queue in waiting if queue}))
-            raise ValueError(f"the measures {names} stand in another order in another group: use one order")
-        order.append([(b, queue.pop(0)[1]) for b, queue in waiting if queue and queue[0][0] == free[0]])
-    return order
+    def apply(self) -> None:
+        for batch in self.batches:
+            batch.backend.apply(batch.program.passes[-1])
+            batch.grads = []

@@ -59,14 +59,19 @@ class Scalars:
         return cells, {c: float(d[c]) for d in made.values() for c in self.counters if c in d}
 
 
-    def shared(self, piece: Placed, groups: Sequence[Mapping[str, Any]], clock: float) -> list[float]:
-        """What `finish` of a measure over all tensors asks for: of the first group that holds the link, no counters."""
-        keys = [f"{piece.chain.name}.{name}" for name in piece.chain.arguments]
-        group = next((g for g in groups if any(key in g for key in keys)), groups[0])
-        made = derived(piece, group, {}, clock)
-        return [
-            number(piece, n, made[n] if n in made else look(piece, n, group, {}, clock)) for n in piece.link.scalars
-        ]
+def shared(piece: Placed, groups: Sequence[Mapping[str, Any]], clock: float) -> list[float]:
+    """What `finish` of a measure over all tensors asks for: of the first group that holds the link, no counters."""
+    keys = [f"{piece.chain.name}.{name}" for name in piece.chain.arguments]
+    for key in keys:
+        values = [plain(g[key]) for g in groups if key in g]
+        if any(v != values[0] for v in values):
+            raise ValueError(
+                f"{key} is {values} in the groups: {piece.label} is over all tensors and has one value; set "
+                f"it alike in every group"
+            )
+    group = next((g for g in groups if any(key in g for key in keys)), groups[0])
+    made = derived(piece, group, {}, clock)
+    return [number(piece, n, made[n] if n in made else look(piece, n, group, {}, clock)) for n in piece.link.scalars]
 
 
 def derived(piece: Placed, group: Mapping[str, Any], counters: Mapping[str, float], clock: float) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 on the host."""
 
 import inspect
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -47,37 +45,44 @@ class Slot:
 
 
 class Link:
-    """What all kinds share: a name, and being one object wherever it goes (pickled by module and name)."""
+    """What all kinds share: a name, and being one object wherever it goes."""
 
-    fn: Function
+    slots: tuple[Slot, ...] = ()
+    uses: tuple[str, ...] = ()
+    holds: tuple[str, ...] = ()
 
-    @property
-    def name(self) -> str:
-        return self.fn.__name__
+    def __init__(self, fn: Function):
+        self.fn, self.name, self.__module__ = fn, getattr(fn, "__name__", ""), getattr(fn, "__module__", "")
 
     def __call__(self, *args: Any) -> Any:
         return self.fn(*args)
 
-    def __reduce__(self) -> Any:
-        where = self.fn.__module__, self.fn.__qualname__
-        if "<locals>" in where[1]:
-            raise pickle.PicklingError(f"{where[1]} can't be pickled: define it at the top level of a module")
-        return _by_name, where
+    def __reduce__(self) -> str:
+        return self.fn.__qualname__  # pickle looks it up in the module, and checks that it finds this object
 
     def __deepcopy__(self, memo: Any) -> "Link":
         return self
 
 
-def _by_name(module: str, name: str) -> Any:
-    return getattr(import_module(module), name)
+def listed_names(link: str, argument: str, given: Any) -> tuple:
+    if isinstance(given, str):
+        raise TypeError(f"{link}: {argument}={given!r} is one string; give a tuple, e.g. {argument}=({given!r},)")
+    return tuple(given)
+
+
+def check_stage(link: str, stage: Any) -> None:
+    if not (stage is None or isinstance(stage, Stage)):
+        raise TypeError(f"{link}: stage={stage!r}; use one of {', '.join(f'Stage.{s.name}' for s in Stage)}")
 
 
 class Rule(Link):
     """An elementwise link: `u`, `p` and `g` if it wants them, slots, scalars -> `u` and the new slots."""
 
     def __init__(self, fn: Function, slots: Sequence[str | Slot], uses: Sequence[str], stage: Stage | None):
-        self.fn, self.stage, self.uses = fn, stage, tuple(uses)
-        self.slots = tuple(s if isinstance(s, Slot) else Slot(s) for s in slots)
+        super().__init__(fn)
+        check_stage(self.name, stage)
+        self.stage, self.uses = stage, listed_names(self.name, "uses", uses)
+        self.slots = tuple(s if isinstance(s, Slot) else Slot(s) for s in listed_names(self.name, "slots", slots))
         self.holds = tuple(s.name for s in self.slots) + self.uses  # owned before borrowed
         self.code = Code(fn, lambda name: name in ("u", "p", "g", *self.holds))
         params = self.code.params
@@ -104,12 +109,15 @@ class Measure(Link):
 
     scope: "tensor" (each its own) or "all" (every tensor whose chain holds this very link).
     reduce: a name for each value that the map returns -> "sum", "mean" or "max" (from 0: meant for magnitudes).
-    finish: `(reductions, scalars) -> gives`, in the rule language with arithmetic among scalars, in float64.
+    finish: `(reductions, scalars) -> gives`, in the rule language with arithmetic among scalars, in float64. Over all
+        tensors it reads its chain's arguments, the clock, and of the groups the first.
     """
 
     def __init__(self, fn: Function, scope: str, reduce: Mapping, gives: Sequence, finish: Function, stage: Any):
-        self.fn, self.scope, self.stage = fn, scope, stage
-        self.reduce, self.gives, self.finish = dict(reduce), tuple(gives), finish
+        super().__init__(fn)
+        check_stage(self.name, stage)
+        self.scope, self.stage, self.reduce, self.finish = scope, stage, dict(reduce), finish
+        self.gives = listed_names(self.name, "gives", gives)
         if scope not in ("tensor", "all"):
             raise ValueError(f"{self.name}: scope={scope!r}; use 'tensor' or 'all'")
         for how in self.reduce.values():
@@ -137,7 +145,8 @@ class Derive(Link):
     """Scalars of a chain that the host computes in float64 from counters, arguments and the group."""
 
     def __init__(self, fn: Function, counters: Sequence[str]):
-        self.fn, self.counters = fn, tuple(counters)
+        super().__init__(fn)
+        self.counters = tuple(counters)
         self.params = tuple(inspect.signature(fn).parameters)
         if lost := [c for c in counters if c not in self.params]:
             raise TypeError(f"derive({', '.join(map(repr, counters))}): {self.name} has no parameter {lost[0]!r}")

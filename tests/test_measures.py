@@ -49,7 +49,7 @@ def test_a_measure_over_all_has_one_value_of_each_argument():
         ]
 
     key, clip = "clip_by_global_norm.max_norm", tx.clip_by_global_norm(1.0)
-    wanted = r"AdamW: clip_by_global_norm.max_norm is \[1.0, 0.5\] in the groups.*set it alike in every group"
+    wanted = r"clip_by_global_norm.max_norm is \[1.0, 0.5\] in the groups.*set it alike in every group"
     with pytest.raises(ValueError, match=wanted):
         gradkit.AdamW(groups(**{key: 0.5}), transforms=[clip])
     optimizer = gradkit.AdamW(groups(), transforms=[clip])

@@ -1,9 +1,14 @@
-"""Gradients, parameters, slots and groups that can't be stepped: refused in one sentence, before anything changed."""
+"""What can't be stepped is refused in one sentence, before anything changed; what looks odd and can is right."""
+
+import pickle
 
 import pytest
 import torch
 
 import gradkit
+from tests.cases import BACKENDS
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def test_a_gradient_of_integers_is_refused_before_anything_changed():
@@ -67,3 +72,135 @@ def test_the_first_group_may_be_removed():
 def test_a_transforms_argument_in_a_group_has_its_range_too(transform, key, value):
     with pytest.raises(ValueError, match=f"{key.split('.')[1]}={value!r}: "):
         gradkit.AdamW([{"params": [torch.nn.Parameter(torch.ones(2))], key: value}], transforms=[transform])
+
+
+def test_an_argument_of_no_link_in_a_group_is_refused():
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="'clip_by_norm.max_nrm' belongs to no link.*'clip_by_norm.max_norm'"):
+        gradkit.AdamW([{"params": [p], "clip_by_norm.max_nrm": 2.0}], transforms=[gradkit.transforms.clip_by_norm(1.0)])
+
+
+def test_a_refused_group_leaves_the_users_dict_alone():
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = gradkit.AdamW([p])
+    for wrong in ({"params": [q], "lr": -1.0}, {"params": [p]}):
+        given = dict(wrong)
+        with pytest.raises(ValueError):
+            optimizer.add_param_group(wrong)
+        assert wrong == given and len(optimizer.param_groups) == 1
+    right = {"params": [q]}
+    optimizer.add_param_group(right)
+    assert optimizer.param_groups[1] is right and right["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: gradkit.rule(slots="exp_avg"), r"slots='exp_avg' is one string; give a tuple, .*\('exp_avg',\)"),
+        (lambda: gradkit.rule(uses="exp_avg"), "uses='exp_avg' is one string"),
+        (lambda: gradkit.rule(stage="GRAD"), "stage='GRAD'; use one of Stage.GRAD, Stage.PRECONDITION"),
+        (lambda: gradkit.measure(scope="all", reduce={"t": "sum"}, gives="c", finish=doubled), "gives='c' is one str"),
+        (
+            lambda: gradkit.measure(scope="all", reduce={"t": "sum"}, gives=("c",), finish=doubled, stage=0),
+            "stage=0; use one of",
+        ),
+    ],
+)
+def test_names_are_tuples_and_stages_are_stages(make, message):
+    with pytest.raises(TypeError, match=f"passes: {message}"):
+        make()(passes)
+
+
+def passes(u):
+    return u * 1.0
+
+
+def doubled(t):
+    return t * 2.0
+
+
+def test_a_ring_of_another_length_is_refused_before_anything_changed():
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = gradkit.Grokfast([p], filter="ma", window=3)
+    optimizer.step()
+    file = optimizer.state_dict()
+    for slot, wrong in (("grad_ring", torch.zeros(5, 2)), ("exp_avg", torch.zeros(()))):
+        bad = {**file, "state": {0: {**file["state"][0], slot: wrong}}}
+        before = optimizer.state[p]["exp_avg"]
+        with pytest.raises(ValueError, match=f"Grokfast.load_state_dict: '{slot}' of parameter 0 has shape"):
+            optimizer.load_state_dict(bad)
+        assert optimizer.state[p]["exp_avg"] is before
+
+
+def test_a_file_of_another_chain_leaves_no_slots_that_nothing_holds():
+    first = gradkit.Optimizer([torch.nn.Parameter(torch.ones(2))], gradkit.transforms.grokfast_ema())
+    first.param_groups[0]["params"][0].grad = torch.ones(2)
+    first.step()
+    q = torch.nn.Parameter(torch.ones(2))
+    second = gradkit.Optimizer([q], gradkit.transforms.clip_by_norm(1.0))
+    second.load_state_dict(first.state_dict())
+    assert not second.state[q].keys() & {"grad_ema"}
+
+
+@each_backend
+def test_cautious_hides_no_update_that_is_not_finite(backend):
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.tensor([float("nan"), float("inf"), 1.0])
+    chain = gradkit.transforms.cautious()
+    gradkit.Optimizer([p], chain, lr=0.5, backend=backend).step()
+    assert p.isnan().tolist() == [True, False, False] and p[1] == -float("inf") and p[2] < 1.0
+
+
+def test_a_slow_momentum_close_to_one_warms_up():
+    from gradkit.optim.ademamix import ademamix_scalars
+
+    for beta in (1 - 1e-8, 1 - 1e-10, 1 - 2**-53):
+        weights = [ademamix_scalars((0.9, 0.999, beta), 5.0, 1e-8, t, None, 100)["w3"] for t in range(1, 101)]
+        assert all(0.0 <= b <= a for a, b in zip(weights, weights[1:], strict=False)) and weights[-1] == 1 - beta
+
+
+@each_backend
+def test_a_transposed_parameter_at_the_same_address_is_planned_anew(backend):
+    """`p.data = p.data.t()` keeps the address, the shape if square, and the number of elements."""
+    p = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = gradkit.Optimizer([p], gradkit.transforms.clip_by_value(9.0), lr=1.0, backend=backend)
+    p.grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    optimizer.step()
+    p.data = p.data.t()
+    optimizer.step()
+    assert p.tolist() == [[-2.0, -5.0], [-5.0, -8.0]]
+
+
+@each_backend
+def test_a_gradient_with_a_negative_bit_is_read_as_what_it_is(backend):
+    p = torch.nn.Parameter(torch.zeros(3))
+    p.grad = torch._neg_view(torch.ones(3))
+    gradkit.Optimizer([p], gradkit.transforms.clip_by_value(9.0), lr=1.0, backend=backend).step()
+    assert p.tolist() == [1.0] * 3
+
+
+@gradkit.rule(uses=("exp_avg",), stage=gradkit.Stage.UPDATE)
+def adds_the_mean(u, exp_avg):
+    return u + exp_avg, exp_avg
+
+
+def test_a_named_borrower_finds_the_slot_of_another_chain():
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.ones(2)
+    optimizer = gradkit.Lion([p], lr=1.0, transforms=[gradkit.chain(adds_the_mean).named("mine")])
+    optimizer.step()
+    assert optimizer.state[p].keys() == {"exp_avg"} and p.tolist() == pytest.approx([-1.01] * 2)
+
+
+class Holder:
+    @gradkit.rule
+    def inner(u):
+        return u * 2.0
+
+
+def test_a_rule_in_a_class_pickles_and_one_that_is_hidden_does_not():
+    assert pickle.loads(pickle.dumps(Holder.inner)) is Holder.inner
+    hidden = gradkit.rule(passes)  # the module's name is the plain function's
+    with pytest.raises(pickle.PicklingError, match="passes"):
+        pickle.dumps(hidden)

@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from ..plan import Batch
 
 
-def choose(asked: str, batch: "Batch") -> tuple[Eager | Native, str]:
+def choose(asked: str, batch: "Batch") -> tuple[type[Eager | Native], str]:
     """The backend of a batch, and why; one that the user named and that can't run raises."""
     if asked == "triton":
         where = "needs a GPU, and these are" if batch.device.type == "cpu" else "is not in this version for parameters"
         raise RuntimeError(f"backend='triton' {where} on {batch.device}; use backend='auto'")
     if batch.detour:
-        return Eager(batch), batch.detour
+        return Eager, batch.detour
     if asked == "eager":
-        return Eager(batch), "asked for"
+        return Eager, "asked for"
     reason = "asked for"
     if asked != "chunked":
         reason = why_not(batch)
         if not reason:
-            return Native(batch), asked if asked == "auto" else "asked for"
+            return Native, asked if asked == "auto" else "asked for"
         if asked == "native":
             raise RuntimeError(f"backend='native' can't run: {reason}; use backend='auto'")
-    return Chunked(batch), reason
+    return Chunked, reason

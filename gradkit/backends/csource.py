@@ -1,5 +1,6 @@
 """A pass as C text: the rules' own expressions, one after the other, in one loop over the elements of a block."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from ..scalars import Column
 from ..transform import Measure, Stage
 
 if TYPE_CHECKING:
-    from ..plan import Batch, Pass
+    from ..plan import Kind, Pass
 
 PRELUDE = Path(__file__).with_name("prelude.h").read_text()
 STORAGE = {
@@ -65,27 +66,26 @@ def scalar(column: Column) -> str:
     return f"{'m' if column.measured else 'h'}{column.at}"
 
 
-def links(batch: "Batch", ps: "Pass") -> list[str]:
+def links(kind: "Kind", ps: "Pass") -> list[str]:
     """The rules of a pass, on the registers u, p, g and s_<slot>."""
     out = []
     for i, placed in ps.rules:
-        rule = placed.rule
-        registers = [f"s_{placed.slot(n)}" for n in rule.holds]
-        given = ["u", *rule.sees, *registers, *map(scalar, batch.program.scalars.of[i])]
+        rule, registers = placed.link, [f"s_{n}" for n in placed.holds]
+        given = ["u", *rule.sees, *registers, *map(scalar, kind.program.scalars.of[i])]
         flows = "p" if rule.stage == Stage.WRITE else "u"
         out.append(inline(placed.label, rule.code, given, [flows, *registers]))
     return out
 
 
-def write(batch: "Batch") -> list[str]:
+def write(kind: "Kind") -> list[str]:
     """The stores of the parameter, as its rounding says."""
-    store = STORAGE[batch.dtype][1]
-    if batch.rounding == "stochastic":
+    store = STORAGE[kind.dtype][1]
+    if kind.rounding == "stochastic":
         stream = random.stream("write")
         bits = f"philox(element + i, (uint32_t)clock, (uint32_t)index, (uint32_t)seed, {stream}u)"
         return [f"P_p[i] = stochastic_{store}(p, {bits});"]
-    if batch.rounding == "kahan":  # one that did not move keeps its bits, also on a tie
-        kept = f"{STORAGE[batch.dtype][0]} near = store_{store}(p), rest = store_{store}(p - load_{store}(near));"
+    if kind.rounding == "kahan":  # one that did not move keeps its bits, also on a tie
+        kept = f"{STORAGE[kind.dtype][0]} near = store_{store}(p), rest = store_{store}(p - load_{store}(near));"
         return [
             kept,
             "int moved = p != p_before;",
@@ -95,26 +95,28 @@ def write(batch: "Batch") -> list[str]:
     return [f"P_p[i] = store_{store}(p);"]
 
 
-def source(batch: "Batch", ps: "Pass") -> str:
+@lru_cache(maxsize=64)
+def source(kind: "Kind", ps: "Pass") -> str:
     """The whole C file of one pass."""
-    roles = {"p": batch.dtype, "g": batch.gdtype, **{f"s_{n}": batch.slot_dtypes[n] for n in ps.slots}}
+    dtypes = dict(zip(kind.program.slots, kind.slots, strict=True))
+    roles = {"p": kind.dtype, "g": kind.gdtype, **{f"s_{n}": dtypes[n] for n in ps.slots}}
     loads = {r: f"load_{STORAGE[d][1]}(P_{r}[i])" for r, d in roles.items() if r != "p" or ps.reads_p}
-    if batch.rounding == "kahan" and ps.reads_p:
-        roles["rest"] = batch.dtype
-        loads["p"] += f" + load_{STORAGE[batch.dtype][1]}(P_rest[i])"
+    if kind.rounding == "kahan" and ps.reads_p:
+        roles["rest"] = kind.dtype
+        loads["p"] += f" + load_{STORAGE[kind.dtype][1]}(P_rest[i])"
     body = [f"T {r} = {x};" for r, x in loads.items()]
-    body += ["g = -g;"] * batch.program.maximize + ["T u = g;"]
-    if batch.rounding == "kahan" and not ps.measure:
+    body += ["g = -g;"] * kind.program.maximize + ["T u = g;"]
+    if kind.rounding == "kahan" and not ps.measure:
         body.append("T p_before = p;")
-    body += links(batch, ps)
+    body += links(kind, ps)
     codes = [x.link.code for _, x in ps.rules] + ([ps.measure.link.code] if ps.measure else [])
-    used = sorted({c for i, _ in ps.rules for c in batch.program.scalars.of[i]})
+    used = sorted({c for i, _ in ps.rules for c in kind.program.scalars.of[i]})
     lets = [f"const T {scalar(c)} = {'M' if c.measured else 'H'}[{c.at}];" for c in used]
     if ps.measure:
-        loop, results = reduction(ps.measure.measure, body), len(ps.measure.measure.reduce)
+        loop, results = reduction(ps.measure.link, body), len(ps.measure.link.reduce)
     else:
         stores = [f"P_{r}[i] = store_{STORAGE[d][1]}({r});" for r, d in roles.items() if r.startswith("s_")]
-        lines = "\n    ".join(body + write(batch) + stores)
+        lines = "\n    ".join(body + write(kind) + stores)
         loop, results = f"for (long i = 0; i < n; i++) {{\n    {lines}\n  }}", 0
     constant = {"g"} if not ps.measure else set(roles)
     names = [("const " if r in constant else "") + f"{STORAGE[d][0]} *restrict P_{r}" for r, d in roles.items()]
@@ -123,7 +125,7 @@ def source(batch: "Batch", ps: "Pass") -> str:
     places = {name: i for i, name in enumerate(JOB)}
     return "\n".join(
         [
-            f"typedef {STORAGE[batch.compute][0]} T;",
+            f"typedef {STORAGE[kind.compute][0]} T;",
             PRELUDE,
             *helpers([c for code in codes for c in code.calls], set()),
             f"static void span({signature}, int64_t clock, int64_t index, int64_t seed, long n) {{",

@@ -64,8 +64,7 @@ class Eager:
             g = -g
         seen = {"u": g, "p": p, "g": g, **{f"slot {n}": t.to(b.compute) for n, t in part.slots.items()}}
         for i, placed in ps.rules:
-            rule = placed.rule
-            held = [f"slot {placed.slot(n)}" for n in rule.holds]
+            rule, held = placed.link, [f"slot {n}" for n in placed.holds]
             scalars = [(part.measured if c.measured else part.row)[c.at] for c in b.program.scalars.of[i]]
             out = rule.fn(seen["u"], *(seen[n] for n in (*rule.sees, *held)), *scalars)
             results = out if isinstance(out, tuple) else (out,)
@@ -77,7 +76,7 @@ class Eager:
 
     def reduce(self, ps: "Pass") -> Tensor:
         """The totals of the pass's measure, float64 [tensors, reductions]."""
-        measure = ps.measured.measure
+        measure = ps.measure.link
         how = list(measure.reduce.values())
         totals = torch.zeros(len(self.batch.params), len(how), dtype=torch.float64, device=self.batch.device)
         for t in range(len(self.batch.params)):
@@ -121,5 +120,3 @@ class Eager:
             part.p.copy_(torch.where(moved, near, part.p))
         else:
             part.p.copy_(p)
-
-

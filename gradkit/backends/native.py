@@ -27,7 +27,7 @@ def why_not(batch: "Batch") -> str:
         return reason
     try:
         for ps in batch.program.passes:
-            ccache.build(source(batch, ps))
+            ccache.build(source(batch.kind, ps))
     except ccache.NoCompiler as e:
         return str(e)
     return ""
@@ -50,7 +50,7 @@ class Native:
         """The totals of the pass's measure, float64 [tensors, reductions]."""
         compiled = self.passes[ps.end]
         compiled.run()
-        measure = ps.measured.measure
+        measure = ps.measure.link
         totals = np.zeros((len(self.batch.params), len(measure.reduce)))
         if len(compiled.starts):
             for j, how in enumerate(measure.reduce.values()):
@@ -67,13 +67,10 @@ class Compiled:
     """One pass of one batch: the compiled function and the tables that it is given."""
 
     def __init__(self, batch: "Batch", ps: "Pass"):
-        self.batch, self.ps = batch, ps
-        self.library = ccache.build(source(batch, ps))
+        self.batch = batch
+        self.library = ccache.build(source(batch.kind, ps))
         self.gradients: list[int] = []
-
-    def prepare(self) -> None:
-        """The tables that last as long as the plan."""
-        b, ps = self.batch, self.ps
+        b = batch
         self.size = np.array([p.numel() for p in b.params], np.int64)
         self.threads = max(1, int(self.size.sum()) // BLOCK)  # fewer elements are done before a thread has woken
         counts = -(-self.size // BLOCK)
@@ -91,7 +88,7 @@ class Compiled:
         self.random = np.zeros((len(b.params), 3), np.int64)
         if b.rounding == "stochastic":
             self.random[:] = list(zip(b.logical, b.index, [b.groups[g]["seed"] for g in b.group], strict=True))
-        self.out = np.zeros((len(self.blocks), len(ps.measure.measure.reduce) if ps.measure else 0))
+        self.out = np.zeros((len(self.blocks), len(ps.measure.link.reduce) if ps.measure else 0))
         self.job = np.zeros(len(JOB), np.int64)
         for name in ("pointers", "blocks", "size", "random", "out"):
             self.job[PLACE[name]] = getattr(self, name).ctypes.data
@@ -100,10 +97,7 @@ class Compiled:
         self.address = self.job.ctypes.data
 
     def run(self) -> None:
-        b, job = self.batch, getattr(self, "job", None)
-        if job is None:
-            self.prepare()
-            job = self.job
+        b, job = self.batch, self.job
         if b.gradients != self.gradients:
             self.pointers[1] = self.gradients = b.gradients
         for r, name in self.rings:

@@ -32,8 +32,8 @@ def ademamix_without_fast(u, exp_avg_slow, exp_avg_sq, k2, w2, w3, alpha_t, b, e
 
 
 def half_life(beta):
-    """Steps until a momentum has forgotten half; the authors' guard makes beta = 0 finite."""
-    return math.log(0.5) / math.log(beta + 1e-8) - 1
+    """Steps until a momentum has forgotten half; the authors' guard makes beta = 0 finite, and must not reach 1."""
+    return math.log(0.5) / math.log(beta + 1e-8 if beta + 1e-8 < 1 else beta) - 1
 
 
 @derive("step")

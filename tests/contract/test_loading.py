@@ -151,7 +151,7 @@ def other_shape(sd: dict[str, Any]) -> str:
     for name, x in sd["state"][1].items():
         if x.dim():
             sd["state"][1][name] = torch.zeros(8)
-    return r"of parameter 1 has shape \(8,\), the parameter \(7,\)"
+    return r"of parameter 1 has shape \(8,\), it needs \(.*7,?\)"
 
 
 def other_counts(sd: dict[str, Any]) -> str:

@@ -64,7 +64,7 @@ MUTANTS = (
         "backends/csource.py",
         (
             "maximize, native",
-            '["g = -g;"] * batch.program.maximize',
+            '["g = -g;"] * kind.program.maximize',
             "[]",
             "test_reference.py::test_maximize_climbs_what_the_reference_descends[lion-native]",
         ),

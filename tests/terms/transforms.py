@@ -91,8 +91,14 @@ MUTANTS = (
     ),
     *rows(
         "transforms/mask.py",
-        ("cautious: mask", "where(sign(u) * sign(g) > 0.0, u * gain, 0.0)", "u * gain", hostile("cautious")),
-        ("cautious: rescale", "u * gain, 0.0)", "u, 0.0)", hostile("cautious")),
+        ("cautious: mask", "sign(u) * sign(g) > 0.0, u * gain", "u < 2.0, u * gain", hostile("cautious")),
+        (
+            "cautious: what is not finite passes",
+            "where(isfinite(u), 0.0, u))",
+            "0.0)",
+            "test_refused.py::test_cautious_hides_no_update_that_is_not_finite[eager]",
+        ),
+        ("cautious: rescale", "u * gain, where", "u, where", hostile("cautious")),
         (
             "cautious: limit of the rescale",
             "maximum(kept, 1e-3)",

@@ -1,0 +1,80 @@
+"""Measures at the step: their order over the batches, their totals over shards, and their `finish`."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import sharding
+from .scalars import shared
+
+if TYPE_CHECKING:
+    from .plan import Batch, Pass
+
+
+class Reduction:
+    """One link's measure, over all batches that hold it."""
+
+    def __init__(self, parts: "list[tuple[Batch, Pass]]"):
+        self.parts, self.placed = parts, parts[0][1].measure
+        self.link = self.placed.link
+
+    def begin(self, groups: Sequence[Mapping[str, Any]], clock: float) -> None:
+        """Look up what `finish` asks for. Over all tensors that is one value."""
+        self.cells = shared(self.placed, groups, clock) if self.link.scope == "all" else []
+
+    def run(self, params: Sequence[Tensor], sharded: bool) -> None:
+        """Reduce, complete over shards, and give the results to the batches."""
+        parts = [torch.cat((b.backend.reduce(ps), b.numel), 1) for b, ps in self.parts]  # the last column counts
+        if sharded:
+            totals = torch.zeros(len(params), parts[0].shape[1], dtype=torch.float64, device=parts[0].device)
+            for (batch, _), part in zip(self.parts, parts, strict=True):
+                totals[batch.index] = part.to(totals.device)
+            sharding.complete(totals, [*self.link.reduce.values(), "sum"], params)
+            parts = [totals] if self.link.scope == "all" else [totals[b.index].to(b.device) for b, _ in self.parts]
+        if self.link.scope == "all":
+            device = parts[0].device
+            cells = [torch.tensor(c, dtype=torch.float64, device=device) for c in self.cells]
+            given = [self.finish(torch.cat([x.to(device) for x in parts]), cells)] * len(self.parts)
+        else:
+            given = [self.finish(x, cells_of(b, ps)) for x, (b, ps) in zip(parts, self.parts, strict=True)]
+        for (batch, _), values in zip(self.parts, given, strict=True):
+            for name, value in zip(self.link.gives, values, strict=True):
+                batch.measured[:, batch.program.scalars.measured.index((self.placed.chain, name))] = value
+
+    def finish(self, totals: Tensor, cells: list[Tensor]) -> tuple[Tensor, ...]:
+        """Run `finish` on vectors [tensors], or over all on their total."""
+        columns = []
+        for j, how in enumerate(self.link.reduce.values()):
+            column, count = totals[:, j], totals[:, -1]
+            if self.link.scope == "all":
+                column, count = column.max() if how == "max" else column.sum(), count.sum()
+            columns.append(column / count.clamp(min=1) if how == "mean" else column)
+        out = self.link.finish(*columns, *cells)
+        return out if isinstance(out, tuple) else (out,)
+
+
+def cells_of(batch: "Batch", ps: "Pass") -> list[Tensor]:
+    """The scalars of a measure of each tensor: vectors [tensors] in float64."""
+    table, columns = torch.from_numpy(batch.table64[batch.row]).to(batch.device), batch.program.scalars.of[ps.end]
+    return [batch.measured[:, c.at].double() if c.measured else table[:, c.at] for c in columns]
+
+
+def order(batches: "Sequence[Batch]") -> list[Reduction]:
+    """The measures in an order that suits every chain; one link's measure runs over all its batches at once."""
+    waiting = []
+    for batch in batches:
+        measures = [ps.measure for ps in batch.program.passes if ps.measure]
+        keys = [(id(x.link), x.chain.name) for x in measures]
+        named = [(*key, keys[:i].count(key)) for i, key in enumerate(keys)]
+        waiting.append((batch, list(zip(named, batch.program.passes, strict=False))))
+    ordered = []
+    while heads := [queue[0] for _, queue in waiting if queue]:
+        free = [key for key, _ in heads if all(key not in dict(queue[1:]) for _, queue in waiting)]
+        if not free:
+            names = ", ".join(sorted({ps.measure.label for _, ps in heads}))
+            raise ValueError(f"the measures {names} stand in another order in another group: use one order")
+        ready = [(b, queue.pop(0)[1]) for b, queue in waiting if queue and queue[0][0] == free[0]]
+        ordered.append(Reduction(ready))
+    return ordered
