@@ -7,12 +7,12 @@ python := $(VENV)/bin/python
 pytest := $(python) -m pytest
 install := $(python) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-triton lint bench docs mutants evidence clean
+.PHONY: help demo test test-triton test-triton36 lint bench docs mutants evidence clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 demo: $(VENV)/with-dev ## train one small model with each optimizer; prints a table, draws demo.png
 	$(python) examples/demo.py
@@ -29,6 +29,12 @@ ifeq ($(shell uname),Linux)
 else
 	@echo "Triton has wheels for Linux only: nothing is tested here"
 endif
+
+# The Triton that comes with torch 2.11, in a folder of its own that stands before the newer one.
+test-triton36: export PYTHONPATH := $(CURDIR)/$(VENV)/triton36
+test-triton36: $(VENV)/with-dev $(VENV)/triton36 ## the same with triton 3.6
+	$(python) -c 'import triton; assert triton.__version__ == "3.6.0", triton'
+	$(MAKE) test-triton
 
 lint: $(VENV)/with-dev ## ruff and mypy
 	$(python) -m ruff check .
@@ -61,6 +67,10 @@ $(VENV)/with-torch: $(VENV)/torch.txt
 
 $(VENV)/with-%: $(VENV)/with-torch pyproject.toml
 	$(install) --editable '.[$*]'
+	@touch $@
+
+$(VENV)/triton36: $(VENV)/with-torch
+	$(install) --no-deps --target $@ triton==3.6.0
 	@touch $@
 
 .PHONY: always
