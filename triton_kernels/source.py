@@ -144,7 +144,7 @@ class Writer:
         """Loads, then the rules."""
         lines = [f"{r} = load(P_{r}, at, left, FULL, TILE)" for r in self.roles]
         if self.kahan:
-            lines += ["stored = p", "p = before = stored + rest"]
+            lines += ["stored = p", "p = stored + rest", "before = p"]
         lines += ["g = -g"] * self.kind.program.maximize + ["u = g"]
         for i, placed in self.ps.rules:
             rule, registers = placed.link, [f"s_{n}" for n in placed.holds]
