@@ -16,7 +16,7 @@ from .scalars import Scalars, look, number
 from .transform import Measure, Rule
 
 if TYPE_CHECKING:
-    from .backends import Eager, Native
+    from .backends import Eager, Native, Triton
 
 
 class Pass:
@@ -115,7 +115,7 @@ def kind_of(program: Program, p: Tensor, group: Mapping[str, Any]) -> Kind:
 class Batch:
     """Tensors of one kind: what one launch covers."""
 
-    backend: "Eager | Native"  # chosen when the plan is made
+    backend: "Eager | Native | Triton"  # chosen when the plan is made
 
     def __init__(self, kind: Kind, members: list[tuple[Tensor, int, int]], groups: list[dict]):
         self.kind, self.compute, self.groups = kind, kind.compute, groups
@@ -198,7 +198,6 @@ class Batch:
             sets.append(set_)
         self.table64 = np.array(cells, np.float64).reshape(len(cells), -1)
         self.table = self.table64 if self.compute == torch.float64 else self.table64.astype(np.float32)
-        self.rows = torch.from_numpy(self.table).to(self.device, non_blocking=True)
         self.positions = {}  # of rings: by the first counter of their chain
         for name, piece in self.program.rings.items():
             if piece.chain.derive:
@@ -206,6 +205,7 @@ class Batch:
         for r, set_ in enumerate(sets):
             for name, value in set_.items():
                 self.after[name][self.row == r] = value
+        self.backend.begin()
 
     def count(self) -> None:
         """The step is applied: move the counters."""
