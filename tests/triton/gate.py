@@ -1,35 +1,19 @@
 """What the compiler makes of each kernel for GPUs that needn't be here: registers, bytes, widths of the fast path.
 
-`python -m tests.triton.gate` prints the table of docs/kernels.md.
+`python tests/triton/gate.py` prints the table of docs/kernels.md.
 """
 
 import re
-import subprocess
-import tempfile
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from builds import TARGETS, Build, builds, used
 
 import gradkit
-from gradkit import chain
-from gradkit.explain import moved
 from gradkit.plan import Batch, Pass
 from gradkit.transforms import cautious, clip_by_global_norm, clip_by_norm, grokfast_ema
-from gradkit.triton_kernels import launch, load, source
 
-NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-TYPES = {"blocks": "*i32", "measured": "*fp32", "partials": "*fp64", "counters": "*i32"}
-NUMBERS = {"T": "i32", "base": "i32", "O": "i32"}
 BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 
 BF16 = torch.bfloat16
@@ -68,86 +52,67 @@ class Row(NamedTuple):
     accesses: int
 
 
-def batch_of(name: str) -> Batch:
+def optimizer_of(name: str) -> gradkit.Optimizer:
     cls, dtype, options = CHAINS[name]
     p = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
     p.grad = torch.zeros_like(p)
-    (batch,) = cls([p], **options).batches([p], [True])
-    return batch
+    return cls([p], **options)
 
 
-def build(batch: Batch, ps: Pass, target: GPUTarget) -> Any:
-    made = (source.measure if ps.measure else source.apply)(batch.kind, ps)
-    run = load.kernel(made.text, **made.rules)
-    cut = launch.SHAPES[target.backend]
-    options = launch.options(cut, cut.reduce if ps.measure else cut.apply)
-    constants = {name: options.pop(name) for name in ("CHUNK", "TILE")}
-    types = {p.name: {**TYPES, **NUMBERS}.get(p.name, "*i64") for p in run.params} | dict.fromkeys(constants, "constexpr")
-    return triton.compile(ASTSource(run, signature=types, constexprs=constants), target=target, options=options)
+def passes_of(name: str, arch: str) -> Iterator[tuple[Batch, Pass, Row]]:
+    optimizer = optimizer_of(name)
+    (batch,) = optimizer.batches(optimizer.param_groups[0]["params"], [True])
+    for ps, build in zip(batch.program.passes, builds(optimizer, arch), strict=True):
+        yield batch, ps, row(build)
 
 
-def row(batch: Batch, ps: Pass, target: GPUTarget) -> Row:
-    built = build(batch, ps, target)
-    fast = re.search(r"scf\.(?:while|for)\b.*?scf\.yield", built.asm["ttgir"], re.S)
+def row(build: Build) -> Row:
+    built = build.compile()
+    fast = re.search(r"scf\.(?:while|for)\b.*?scf\.yield", built.asm["ttgir"], re.S)  # the first loop
     assert fast, "no loop over full tiles"
-    lines = fast[0].splitlines()
-    loads, stores = ([x for x in lines if re.search(rf"\b(?:tt\.|buffer_){what}\b", x)] for what in ("load", "store"))
-    sizes = [BYTES[re.search(r"tensor<\d+x(?:!tt\.ptr<)?(b?f\d+)", x)[1]] for x in (*loads, *stores)]  # type: ignore[index]
-    assert not any(re.search(r"tt\.(?:load \S+,|store \S+, \S+,) %", x) for x in loads + stores), "a mask in the fast path"
-    registers, spilled = (nvidia if target.backend == "cuda" else amd)(built.asm)
+    loads, stores = (re.findall(rf"^.*\b(?:tt\.|buffer_){what}\b.*", fast[0], re.M) for what in ("load", "store"))
+    masked = [x for x in (*loads, *stores) if re.search(r"tt\.(?:load \S+|store \S+, \S+), %", x)]
+    assert not masked, masked
+    sizes = [BYTES[x] for line in (*loads, *stores) for x in re.findall(r"tensor<\d+x(?:!tt\.ptr<)?(b?f\d+)", line)]
+    registers, spilled = (nvidia if build.target.backend == "cuda" else amd)(built)
+    read, written = sum(sizes[: len(loads)]), sum(sizes[len(loads) :])
     return Row(
-        registers,
-        spilled,
-        sum(sizes[: len(loads)]),
-        sum(sizes[len(loads) :]),
-        fast[0].count("convert_layout"),
-        wide(built.asm, sizes),
-        len(sizes),
+        registers, spilled, read, written, fast[0].count("convert_layout"), wide(built.asm, set(sizes)), len(sizes)
     )
 
 
-def wide(asm: Any, sizes: list[int]) -> int:
+def wide(asm: Any, sizes: set[int]) -> int:
     """Accesses of four elements at once: 128 bits of float32, 64 bits of bf16."""
     forms = {4: r"\bglobal\.v4\.b32\b|\bbuffer_\w+_dwordx4\b", 2: r"\bglobal\.v2\.b32\b|\bbuffer_\w+_dwordx2\b"}
     text = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
-    return sum(len(re.findall(forms[size], text)) for size in set(sizes))
+    return sum(len(re.findall(forms[size], text)) for size in sizes)
 
 
-def nvidia(asm: Any) -> tuple[int, int]:
+def nvidia(built: Any) -> tuple[int, int]:
     """Registers of a thread, and bytes that did not fit."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "kernel.cubin")
-        file.write_bytes(asm["cubin"])
-        command = [NVIDIA / "cuobjdump", "-res-usage", file]
-        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", used)}
+    found = used(built)
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
-def amd(asm: Any) -> tuple[int, int]:
-    vectors, spilled, scratch = (
-        int(re.search(rf"\.{name}:?\s+(\d+)", asm["amdgcn"])[1])  # type: ignore[index]
-        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-    )
-    return vectors, spilled + scratch
+def amd(built: Any) -> tuple[int, int]:
+    text = built.asm["amdgcn"]
+    names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    vectors, *lost = (int(n) for name in names for n in re.findall(rf"^\s+\.{name}:\s+(\d+)", text, re.M))
+    return vectors, sum(lost)
 
 
 def table() -> str:
     """Each pass of each chain on each target."""
     lines = [
-        "| kernel | bytes read | written | " + " | ".join(f"{t}: registers" for t in TARGETS) + " | wide accesses |",
+        "| kernel | bytes read | written | wide accesses | " + " | ".join(f"{t}: registers" for t in TARGETS) + " |",
         "| --- |" + " --- |" * (len(TARGETS) + 3),
     ]
     for name in CHAINS:
-        batch = batch_of(name)
-        for ps in batch.program.passes:
-            rows = [row(batch, ps, target) for target in TARGETS.values()]
+        for each in zip(*(passes_of(name, arch) for arch in TARGETS), strict=True):
+            (_, ps, first), registers = each[0], [str(found.registers) for _, _, found in each]
             kernel = f"{name}: {ps.measure.label}" if ps.measure else name
-            registers = " | ".join(str(r.registers) for r in rows)
-            first = rows[0]
-            lines.append(
-                f"| {kernel} | {first.read:g} | {first.written:g} | {registers} | {first.wide} of {first.accesses} |"
-            )
+            cells = [kernel, first.read, first.written, f"{first.wide} of {first.accesses}", *registers]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
