@@ -236,7 +236,7 @@ def reduction(w: Writer, scope: str, last: list[str], given: list[str], kind: st
     body.append(f"return {', '.join(f'inside(x{j}, at, left, FULL, TILE)' for j in range(count))}")
     add = [f"a{j} = maximum(a{j}, x{j})" if kind_ == "max" else f"a{j} = a{j} + x{j}" for j, kind_ in enumerate(how)]
     call = f"{values} = tile({', '.join(w.inputs)}, at, left, {{}}, TILE)"
-    k, groups = ("0", "1") if scope == "all" else ("t", "O")  # what finishes together
+    k, groups, outputs = ("0", "1", "O") if scope == "all" else ("t", "O", "1")  # group, their number, its results' uses
     ending = [f"here = partials + (base + block) * {count}"]
     ending += [f"tl.store(here + {j}, {'peak' if x == 'max' else 'total'}(a{j}))" for j, x in enumerate(how)]
     ending += [f"first, end = tl.load(joint + {k}), tl.load(joint + {groups} + {k})"]
@@ -245,9 +245,8 @@ def reduction(w: Writer, scope: str, last: list[str], given: list[str], kind: st
         fold = "max_of" if x == "max" else "sum_of"
         mean = f" / number(joint + 2 * {groups} + {k})" if x == "mean" and last else ""
         inner.append(f"x{j} = {fold}(partials + {j}, first, end, {count}, {FOLD} * TILE){mean}")
-    span = "0, O" if scope == "all" else "t, t + 1"
     inner += last
-    inner += [f"give(joint + 3 * {groups} + {i} * O, {span}, {x}, {kind}, TILE)" for i, x in enumerate(given)]
+    inner += [f"give(joint + 3 * {groups} + {i} * O + {k}, {outputs}, {x}, {kind}, TILE)" for i, x in enumerate(given)]
     inner.append(f"tl.store(counters + {k}, 0)")
     ending += [f"if is_last(counters + {k}, end - first):", *(f"    {line}" for line in inner)]
     return w.text(
