@@ -66,7 +66,8 @@ def disassembled(built: Any) -> str:
 
 def used(built: Any) -> dict[str, int]:
     """Registers and bytes of memory of one thread (NVIDIA)."""
-    return {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", tool("cuobjdump", built, "-res-usage"))}
+    text = tool("cuobjdump", built, "-res-usage")
+    return {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
 
 
 def tool(name: str, built: Any, option: str) -> str:
