@@ -14,13 +14,20 @@ TABLE = {
     # where sums are formed in another order, or a polynomial stands for exp; elsewhere backends agree in every bit
     ("backends", torch.float32, "native"): 2e-6,
     ("backends", torch.float32, "chunked"): 2e-6,
+    ("backends", torch.float32, "triton"): 2e-6,
     ("backends", torch.float64, "native"): 1e-14,
     ("backends", torch.float64, "chunked"): 1e-14,
     # a last bit in float32 may fall on the other side of a rounding to these: one unit in the last place
     ("backends", torch.bfloat16, "native"): 2**-7,
     ("backends", torch.bfloat16, "chunked"): 2**-7,
+    ("backends", torch.bfloat16, "triton"): 2**-7,
     ("backends", torch.float16, "native"): 2**-10,
     ("backends", torch.float16, "chunked"): 2**-10,
+    ("backends", torch.float16, "triton"): 2**-10,
+    # what a parameter's own dtype costs in one step beside float64: half a unit, a whole one, half a unit of the rest
+    ("nearest", torch.bfloat16, ANY): 2**-8,
+    ("stochastic", torch.bfloat16, ANY): 2**-7,
+    ("kahan", torch.bfloat16, ANY): 2**-14,  # 2^-16, and as much again for float32's 2e-5
 }
 
 
