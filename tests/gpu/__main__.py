@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("words", nargs="*", metavar="WORD")
     options = parser.parse_args()
     place = find(options.tiny)
+    gc.freeze()  # the collector looks only at what the checks leave: 0.2 s less after each of them
     print(f"gradkit {gradkit.__version__}, torch {torch.__version__}, {place.describe()}", flush=True)
     asked = [c for f in FILES for c in checks(f) if not options.words or any(w in c.name for w in options.words)]
     seconds, outcomes, begin = {}, {}, time.perf_counter()
@@ -55,6 +56,7 @@ def main() -> int:
     print(f"{passed} passed, {len(failed)} failed, {len(missing)} not run, in {took:.0f} s", flush=True)
     for name in failed:
         print(f"FAILED {name}")
+    gc.unfreeze()  # what is frozen at the end counts as leaked
     return 0 if passed and not failed else 1
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -98,6 +99,16 @@ class Interpreter(Place):
     @contextmanager
     def unsynchronised(self) -> Iterator[None]:
         yield
+
+    def queued(self, call: Callable[[], Any]) -> Counter[str]:
+        from gradkit.triton_kernels import launch
+
+        with (
+            patch.object(launch, "launch", wraps=launch.launch) as launched,
+            patch.object(launch, "send", wraps=launch.send) as sent,
+        ):
+            call()
+        return Counter(kernels=launched.call_count, copies=sent.call_count)
 
 
 def counted(trace: str) -> Counter[str]:
