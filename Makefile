@@ -43,7 +43,7 @@ bench: $(VENV)/with-bench ## time each optimizer beside torch's and its peers'; 
 	$(python) -m bench
 
 bench-gpu: ## the same on a GPU, with the peers that can be imported, and a sweep of the launch constants
-	$(GPU_PYTHON) -m bench --on gpu
+	$(GPU_PYTHON) -m bench --on gpu $(if $(COMMIT),--commit $(COMMIT))
 
 docs: $(VENV)/with-docs ## the site, to build/site
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet

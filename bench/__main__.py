@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, 3 rounds: shows that it runs, no more")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help=f"only these rows; on the GPU also: {SWEEP}")
     parser.add_argument("--out", type=Path, help="folder for the results (bench/results)")
+    parser.add_argument("--commit", help="what is measured, where the checkout came without git")
     options = parser.parse_args()
     suite = SUITES[options.on]
     known = [*([SWEEP] if suite.key == "gpu" else []), *suite.rows]
@@ -137,7 +138,7 @@ def main() -> None:
     if options.out is None and (options.quick or len(names) < len(known)):
         parser.error("--quick and --rows take --out: what they write is no whole result")
     devices.find(suite.key, options.quick)
-    out, commit = options.out or RESULTS, report.commit()
+    out, commit = options.out or RESULTS, options.commit or report.commit()
     out.mkdir(parents=True, exist_ok=True)
     print(f"{'ratio to fused AdamW':<40} {', '.join(m.title for m in raced(suite))}", flush=True)
     data = document(suite, measure(suite, names, options.quick), options.quick, commit)

@@ -124,14 +124,14 @@ def ours() -> list[Row]:
     ]
 
 
-def ours_on_gpu() -> list[Row]:
+def ours_on_gpu(backend: str) -> list[Row]:
     """Every row names the backend: one that can't run is a row with the reason, and never another backend's time."""
-    clip = of("gradkit", "AdamW", transforms=[clip_by_global_norm(1.0)], backend="triton")
-    kahan, stochastic = (of("gradkit", "AdamW", backend="triton", rounding=r) for r in ("kahan", "stochastic"))
+    clip = of("gradkit", "AdamW", transforms=[clip_by_global_norm(1.0)], backend=backend)
+    kahan, stochastic = (of("gradkit", "AdamW", backend=backend, rounding=r) for r in ("kahan", "stochastic"))
     low = torch.bfloat16
     return [
-        *elementwise("triton", "triton"),
-        *(row._replace(limits="triton", also=("torch AdamW fused bf16",)) for row in in_bf16("triton")),
+        *elementwise("triton", backend),
+        *(row._replace(limits="triton", also=("torch AdamW fused bf16",)) for row in in_bf16(backend)),
         Row("gradkit AdamW bf16, global clip", "gradkit", "AdamW, clip", 24, clip, low, "triton", (CLIPPED_BF16,)),
         Row("gradkit AdamW bf16, stochastic", "gradkit", "AdamW", 22, stochastic, low, "triton"),
         Row("gradkit AdamW bf16, Kahan", "gradkit", "AdamW", 26, kahan, low, "triton"),
@@ -173,4 +173,4 @@ def torch_on_gpu() -> list[Row]:
 
 
 ROWS = {row.name: row for row in (*ours(), *torch_rows(), *peers())}
-GPU_ROWS = {row.name: row for row in (*ours_on_gpu(), *torch_on_gpu(), *peers())}
+GPU_ROWS = {row.name: row for row in (*ours_on_gpu("triton"), *torch_on_gpu(), *peers())}
