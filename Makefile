@@ -8,12 +8,12 @@ python := $(VENV)/bin/python
 pytest := $(python) -m pytest
 install := $(python) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-triton test-gpu lint bench bench-gpu docs mutants evidence clean
+.PHONY: help demo test test-triton test-triton36 test-gpu lint bench bench-gpu docs mutants evidence clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 demo: $(VENV)/with-dev ## train one small model with each optimizer; prints a table, draws demo.png
 	$(python) examples/demo.py
@@ -30,6 +30,12 @@ ifeq ($(shell uname),Linux)
 else
 	@echo "Triton has wheels for Linux only: nothing is tested here"
 endif
+
+# The Triton that comes with torch 2.11, in a folder of its own that stands before the newer one.
+test-triton36: export PYTHONPATH := $(CURDIR)/$(VENV)/triton36
+test-triton36: $(VENV)/with-dev $(VENV)/triton36 ## the same with triton 3.6
+	$(python) -c 'import triton; assert triton.__version__ == "3.6.0", triton'
+	$(MAKE) test-triton
 
 # On a machine with a GPU, in the checkout as it is: what these two need is torch, Triton and numpy.
 test-gpu: ## what only a GPU can tell; fails where there is none
@@ -69,6 +75,10 @@ $(VENV)/with-torch: $(VENV)/torch.txt
 
 $(VENV)/with-%: $(VENV)/with-torch pyproject.toml
 	$(install) --editable '.[$*]'
+	@touch $@
+
+$(VENV)/triton36: $(VENV)/with-torch
+	$(install) --no-deps --target $@ triton==3.6.0
 	@touch $@
 
 .PHONY: always

@@ -29,7 +29,7 @@ def describe(optimizer: "Optimizer") -> str:
         lines.append(f"{len(batch.owners)} tensors, {numel} elements{here}: {dtypes} on {batch.device}")
         lines.append("  chain: " + " -> ".join(x.label for x in batch.program.pieces))
         lines += [f"  pass {k}: {one_pass(batch, ps)}" for k, ps in enumerate(passes, 1)]
-        count = len(passes) if backend.name == "native" else f"{len(batch.owners)} x {len(passes)} {backend.name}"
+        count = len(passes) if backend.name in ("native", "triton") else f"{len(batch.owners)} x {len(passes)} {backend.name}"
         lines.append(f"  launches: {count}; {sum(moved(batch, ps) for ps in passes)} bytes an element")
         slots = ", ".join(f"{n} {short(d)}" for n, d in batch.slot_dtypes.items())
         slots += ", compensation" if batch.rounding == "kahan" else ""
@@ -92,6 +92,7 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
         for t, q in enumerate(batch.owners):
             if q is p:
                 last, eager = batch.program.passes[-1], Eager(batch)
+                eager.begin()
                 (part,) = eager.parts(last, t)
                 seen = eager.walk(last, part, lambda name, u: steps.append((name, u.clone())))
                 rest = part.residual

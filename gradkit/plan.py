@@ -16,7 +16,7 @@ from .scalars import Scalars, look, number
 from .transform import Measure, Rule
 
 if TYPE_CHECKING:
-    from .backends import Eager, Native
+    from .backends import Eager, Native, Triton
 
 
 class Pass:
@@ -115,7 +115,7 @@ def kind_of(program: Program, p: Tensor, group: Mapping[str, Any]) -> Kind:
 class Batch:
     """Tensors of one kind: what one launch covers."""
 
-    backend: "Eager | Native"  # chosen when the plan is made
+    backend: "Eager | Native | Triton"  # chosen when the plan is made
 
     def __init__(self, kind: Kind, members: list[tuple[Tensor, int, int]], groups: list[dict]):
         self.kind, self.compute, self.groups = kind, kind.compute, groups
@@ -147,7 +147,8 @@ class Batch:
         self.measured = torch.zeros(len(self.owners), max(1, columns), dtype=self.compute, device=self.device)
         self.strides = [p.stride() for p in self.params]
         self.contiguous = all(p.is_contiguous() for p in self.params)
-        self.row = self.first = np.zeros(0, np.int32)
+        self.row: np.ndarray = np.zeros(0, np.int32)
+        self.first: np.ndarray = self.row
 
     def bind(self, grads: Sequence[Tensor]) -> bool:
         """Take this step's gradients, unless parameters have moved or gradients are not of the planned kind.
@@ -161,7 +162,7 @@ class Batch:
         if self.sharded:
             mine = [sharding.local_grad(g, p) for g, p in zip(mine, self.owners, strict=True)]
         try:
-            plain = all(map(Tensor.is_contiguous, chain(params, mine))) and not any(map(Tensor.is_neg, mine))
+            plain = all(map(Tensor.is_contiguous, chain(params, mine)))
             pointers = list(map(Tensor.data_ptr, mine))
         except RuntimeError:  # a sparse gradient has neither
             return False
@@ -169,9 +170,10 @@ class Batch:
             return False
         if {g.dtype for g in mine} != {self.gdtype}:  # an address doesn't tell: it may have been given out again
             return False
-        if pointers != self.gradients and [g.numel() for g in mine] != self.sizes:
+        moved = pointers != self.gradients
+        if moved and [g.numel() for g in mine] != self.sizes:
             return False
-        if not plain:
+        if not plain or (moved and any(map(Tensor.is_neg, mine))):
             for t, (g, p) in enumerate(zip(mine, self.params, strict=True)):
                 if g.stride() != p.stride() or g.is_neg():
                     mine[t] = torch.empty_like(p, dtype=g.dtype).copy_(g)
@@ -196,7 +198,6 @@ class Batch:
             sets.append(set_)
         self.table64 = np.array(cells, np.float64).reshape(len(cells), -1)
         self.table = self.table64 if self.compute == torch.float64 else self.table64.astype(np.float32)
-        self.rows = torch.from_numpy(self.table).to(self.device, non_blocking=True)
         self.positions = {}  # of rings: by the first counter of their chain
         for name, piece in self.program.rings.items():
             if piece.chain.derive:
@@ -204,6 +205,7 @@ class Batch:
         for r, set_ in enumerate(sets):
             for name, value in set_.items():
                 self.after[name][self.row == r] = value
+        self.backend.begin()
 
     def count(self) -> None:
         """The step is applied: move the counters."""

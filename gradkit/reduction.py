@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import sharding
+from .backends import Triton
 from .scalars import shared
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ class Reduction:
 
     def run(self, params: Sequence[Tensor], sharded: bool) -> None:
         """Reduce, complete over shards, and give the results to the batches."""
+        if not sharded and Triton.covers(self.parts):
+            Triton.measure(self.parts)
+            return
         parts = [torch.cat((b.backend.reduce(ps), b.numel), 1) for b, ps in self.parts]  # the last column counts
         if sharded:
             totals = torch.zeros(len(params), parts[0].shape[1], dtype=torch.float64, device=parts[0].device)

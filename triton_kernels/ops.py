@@ -1,6 +1,7 @@
-"""The functions of gradkit/ops.py for Triton, in float32; the polynomials are those of gradkit/backends/prelude.h.
+"""The functions of gradkit/ops.py for Triton, in float32 for rules and in float64 for what finishes a measure.
 
-Triton's own maximum drops NaN, its sqrt and `/` are approximate and flush denormals, and its exp loses 40 ulp at 80.
+In float32 Triton's own maximum drops NaN, its sqrt and `/` are approximate and flush denormals, and its exp loses 40 ulp
+at 80: here are the polynomials of gradkit/backends/prelude.h. In float64 its own are exact enough.
 """
 
 import triton
@@ -10,12 +11,18 @@ import triton.language as tl
 @triton.jit
 def divide(a, b):
     """What `/` in a rule becomes."""
-    return tl.div_rn(a, b)
+    if (a + b).dtype == tl.float64:  # either may be a literal
+        return a / b
+    else:
+        return tl.div_rn(a, b)
 
 
 @triton.jit
 def sqrt(x):
-    return tl.sqrt_rn(x)
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
 
 
 @triton.jit
@@ -50,6 +57,14 @@ def isfinite(x):
 
 @triton.jit
 def exp(x):
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return exp_f(x)
+
+
+@triton.jit
+def exp_f(x):
     x = tl.where(x > 89.0, 89.0, x)  # e^89 overflows, e^-104 is 0; a NaN passes both
     x = tl.where(x < -104.0, -104.0, x)
     shifted = x * 1.44269504 + 12582912.0  # 1.5 * 2^23: the integer nearest to x / ln 2, in the low bits
@@ -66,6 +81,14 @@ def exp(x):
 
 @triton.jit
 def log(x):
+    if x.dtype == tl.float64:
+        return tl.log(x)
+    else:
+        return log_f(x)
+
+
+@triton.jit
+def log_f(x):
     small = x < 1.17549435e-38
     u = tl.where(small, x * 33554432.0, x).to(tl.int32, bitcast=True) - 0x3F3504F3  # the bits of sqrt(1/2)
     e = (u >> 23).to(tl.float32) - tl.where(small, 25.0, 0.0)
@@ -84,7 +107,7 @@ def tanh(x):
     z = a * a
     q = 0.0217007026 + z * (-0.0081773987 + z * 0.00214296184)
     near = a + a * z * (-0.333333313 + z * (0.133332059 + z * (-0.0539467633 + z * q)))
-    far = 1.0 - tl.div_rn(2.0, exp(a + a) + 1.0)
+    far = 1.0 - divide(2.0, exp(a + a) + 1.0)
     y = tl.where(a < 0.625, near, far)
     return tl.where(x == 0.0, x, tl.where(x < 0.0, -y, y))  # keeps the sign of a zero
 
@@ -92,4 +115,4 @@ def tanh(x):
 @triton.jit
 def sigmoid(x):
     e = exp(-tl.abs(x))  # never overflows: exact also where 1 / (1 + e^-x) underflows
-    return tl.div_rn(tl.where(x < 0.0, e, 1.0), 1.0 + e)
+    return divide(tl.where(x < 0.0, e, 1.0), 1.0 + e)

@@ -1,6 +1,7 @@
 """From a rule to a Triton function: the same code object among other globals, where every op is its form in ops.py."""
 
 import ast
+import inspect
 import types
 from collections.abc import Callable
 from functools import cache
@@ -10,21 +11,25 @@ import triton
 import triton.language as tl
 
 from ..language import Fn, RuleError
-from ..transform import Rule
 from . import ops
 
 DIVIDE = "_divide_"  # no name that a rule would use
 
 
 @cache
-def as_jit(rule: Rule | Fn) -> Any:
-    """The rule as a function that Triton kernels may call; part of their cache key, so an edit gives another kernel.
+def as_jit(function: Any) -> Any:
+    """A link or a plain function as one that Triton kernels may call; part of their cache key: an edit changes it.
 
-    Call it with tensors of float32. Launch with enable_fp_fusion=False, or products and sums contract.
+    Call it with tensors of float32, or of float64. Launch with enable_fp_fusion=False, or products and sums contract.
     """
-    if rule.code.no_source:
-        raise RuleError(f"backend='triton' needs the source of every rule: {rule.code.no_source}")
-    plain = rule.fn
+    plain = getattr(function, "fn", function)
+    try:
+        inspect.getsource(plain)
+    except (OSError, TypeError):
+        raise RuleError(
+            f"backend='triton' needs the source of every rule: the source of {plain.__name__} can't be read: "
+            f"put it into a file or a notebook cell"
+        ) from None
     scope: dict[str, Any] = {name: twin(plain.__globals__[name]) for name in called(plain)}
     # The interpreter looks for triton.language among a function's globals. The module's name is kept: with the
     # function's name it is what the compiler calls it, and two rules of one name must not be taken for each other.

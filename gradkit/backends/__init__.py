@@ -1,31 +1,33 @@
-"""How a pass runs. A backend belongs to a batch and has two functions: `reduce(pass) -> totals` and `apply(pass)`."""
+"""How a pass runs. A backend belongs to a batch: `begin()` a step, `reduce(pass) -> totals` and `apply(pass)`."""
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from . import native, triton
 from .chunked import Chunked
 from .eager import Eager
-from .native import Native, why_not
+from .native import Native
+from .triton import Triton
 
-__all__ = ["Chunked", "Eager", "Native", "choose"]
+__all__ = ["Chunked", "Eager", "Native", "Triton", "choose"]
 
 if TYPE_CHECKING:
     from ..plan import Batch
 
 
-def choose(asked: str, batch: "Batch") -> tuple[type[Eager | Native], str]:
+def choose(asked: str, batch: "Batch") -> tuple[type[Eager | Native | Triton], str]:
     """The backend of a batch, and why; one that the user named and that can't run raises."""
-    if asked == "triton":
-        where = "needs a GPU, and these are" if batch.device.type == "cpu" else "is not in this version for parameters"
-        raise RuntimeError(f"backend='triton' {where} on {batch.device}; use backend='auto'")
     if batch.detour:
         return Eager, batch.detour
-    if asked == "eager":
-        return Eager, "asked for"
-    reason = "asked for"
-    if asked != "chunked":
-        reason = why_not(batch)
-        if not reason:
-            return Native, asked if asked == "auto" else "asked for"
-        if asked == "native":
-            raise RuntimeError(f"backend='native' can't run: {reason}; use backend='auto'")
-    return Chunked, reason
+    if asked in ("eager", "chunked"):
+        return Eager if asked == "eager" else Chunked, "asked for"
+    wanted = ("native" if batch.device.type == "cpu" else "triton") if asked == "auto" else asked
+    reason = native.why_not(batch) if wanted == "native" else triton.why_not(batch)
+    if reason and asked != "auto":
+        raise RuntimeError(f"backend={asked!r} can't run: {reason}; use backend='auto'")
+    if reason:
+        return Chunked, reason
+    if wanted == "triton" and batch.compute == torch.float64:
+        return Eager, "float64, and Triton runs rules in float32"
+    return Native if wanted == "native" else Triton, "auto" if asked == "auto" else "asked for"

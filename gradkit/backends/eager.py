@@ -48,11 +48,15 @@ class Eager:
     def __init__(self, batch: "Batch"):
         self.batch = batch
 
+    def begin(self) -> None:
+        """Send the step's table."""
+        self.rows = torch.from_numpy(self.batch.table).to(self.batch.device, non_blocking=True)
+
     def parts(self, ps: "Pass", t: int) -> Iterator[Part]:
         b = self.batch
         kept = b.slots["compensation"][t] if b.rounding == "kahan" else None
         slots = {n: b.entry(n, t) for n in ps.slots}
-        yield Part(b.params[t], b.grads[t], slots, kept, b.rows[b.row[t]], b.measured[t], b.logical[t])
+        yield Part(b.params[t], b.grads[t], slots, kept, self.rows[b.row[t]], b.measured[t], b.logical[t])
 
     def walk(self, ps: "Pass", part: Part, note: Callable[[str, Tensor], None] | None = None) -> dict[str, Tensor]:
         """Run the rules of a pass on one part -> u, p, g and the new slots, in the arithmetic type."""

@@ -46,6 +46,9 @@ class Native:
         self.batch = batch
         self.passes = {ps.end: Compiled(batch, ps) for ps in batch.program.passes}
 
+    def begin(self) -> None:
+        """Nothing to send: the loop reads the batch's own table."""
+
     def reduce(self, ps: "Pass") -> Tensor:
         """The totals of the pass's measure, float64 [tensors, reductions]."""
         compiled = self.passes[ps.end]

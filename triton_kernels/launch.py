@@ -1,0 +1,178 @@
+"""What the kernels of a batch are given, and their launches."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import random
+from ..scalars import shared
+from . import source
+from .load import kernel
+from .memory import INTERPRETED
+
+if TYPE_CHECKING:
+    from ..plan import Batch, Kind, Pass
+
+WRITE_STREAM = random.stream("write")
+
+
+class Shape(NamedTuple):
+    """How a launch is cut: 4 elements a lane, which is 16 bytes of float32; a block is several tiles."""
+
+    lanes: int  # of a warp
+    warps: int
+    apply: int  # tiles of a block
+    reduce: int  # more: each block leaves one partial result to be folded
+
+    @property
+    def tile(self) -> int:
+        return 4 * self.lanes * self.warps
+
+
+SHAPES = {
+    "cuda": Shape(lanes=32, warps=4, apply=8, reduce=64),
+    "hip": Shape(lanes=64, warps=4, apply=8, reduce=64),
+    "interpreter": Shape(lanes=256, warps=4, apply=2, reduce=2),  # its time is by operations, not by elements
+}
+
+
+def shape() -> Shape:
+    """The row of what runs here."""
+    return SHAPES["interpreter" if INTERPRETED.value else "hip" if torch.version.hip else "cuda"]
+
+
+def options(tiles: int, cut: Shape | None = None) -> dict[str, Any]:
+    """What a kernel with blocks of so many tiles is compiled with."""
+    cut = cut or shape()
+    return {"TILE": cut.tile, "CHUNK": cut.tile * tiles, "num_warps": cut.warps, "enable_fp_fusion": False}
+
+
+def launch(run: Any, blocks: int, device: torch.device, *arguments: Any, **given: Any) -> None:
+    """Start a kernel: every launch goes through here."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        run[(blocks,)](*arguments, **given)
+
+
+def send(words: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Words of 64 bits to the device in one copy, which nobody waits for."""
+    flat = np.concatenate([x.view(np.int64) for x in words])
+    # Pinned memory of its own for each copy: one that is still under way must not see the next step's words.
+    host = torch.empty(len(flat), dtype=torch.int64, pin_memory=device.type == "cuda")
+    host.numpy()[:] = flat
+    return host.to(device, non_blocking=True)
+
+
+def blocks_of(sizes: Sequence[int], chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (tensor, number of its chunk), and how many each tensor has."""
+    counts = -(-np.array(sizes, np.int64) // chunk)
+    tensor = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.stack([tensor, number], 1).astype(np.int32), counts
+
+
+class Kernel:
+    """A compiled pass over the blocks of a batch."""
+
+    def __init__(self, owner: "Kernels", ps: "Pass", write: Callable[["Kind", "Pass"], source.Source]):
+        self.owner, self.ps, made = owner, ps, write(owner.batch.kind, ps)
+        self.run = kernel(made.text, **made.rules)
+        self.options = options(shape().reduce if ps.measure else shape().apply)
+        blocks, self.counts = blocks_of(owner.batch.sizes, self.options["CHUNK"])
+        self.blocks = torch.from_numpy(blocks).to(owner.batch.device)
+
+    def start(self, *more: Any) -> None:
+        own, b = self.owner, self.owner.batch
+        if len(self.blocks):
+            arguments = own.step, own.fixed, self.blocks, b.measured, len(b.params), *more
+            launch(self.run, len(self.blocks), b.device, *arguments, **self.options)
+
+
+class Joint:
+    """Tensors that are reduced in groups, by one launch a batch.
+
+    The blocks of a group count themselves and the last one finishes, leaving the counter at zero for the next step.
+    """
+
+    def __init__(self, kernels: Sequence[Kernel], group: np.ndarray, cells: np.ndarray):
+        self.kernels, self.outputs = kernels, cells.shape[1]
+        first, device = kernels[0].ps.measure.link, kernels[0].owner.batch.device
+        blocks = np.bincount(group, np.concatenate([k.counts for k in kernels])).astype(np.int64)
+        numel = np.bincount(group, np.concatenate([k.owner.batch.sizes for k in kernels]))
+        end = blocks.cumsum()
+        self.table = send([end - blocks, end, numel.astype(np.float64), cells.ravel()], device)
+        self.partials = torch.empty(int(end[-1]), len(first.reduce), dtype=torch.float64, device=device)
+        self.counters = torch.zeros(len(end), dtype=torch.int32, device=device)
+
+    def run(self) -> None:
+        base = 0
+        for kernel in self.kernels:
+            kernel.start(self.table, self.partials, self.counters, base, self.outputs)
+            base += len(kernel.blocks)
+
+
+class Kernels:
+    """The kernels of one batch, the table that lasts as long as the plan, and the step's own."""
+
+    def __init__(self, batch: "Batch"):
+        self.batch, self.layout = batch, source.Layout(batch.kind)
+        columns = [[p.data_ptr() for p in batch.params]]
+        columns += [[s.data_ptr() for s in slots] for slots in batch.slots.values()]  # Kahan's rest is the last
+        columns += [batch.sizes]
+        if batch.rounding == "stochastic":
+            seeds = [int(batch.groups[n]["seed"]) for n in batch.group]
+            columns += [batch.logical, batch.index, [seed | WRITE_STREAM << 32 for seed in seeds]]
+        self.fixed = send([np.array(columns, np.uint64).ravel()], batch.device)
+        self.last = Kernel(self, batch.program.passes[-1], source.apply)
+        self.joints: dict[int, Joint] = {}
+        self.sums: dict[int, tuple[Tensor, Joint]] = {}
+
+    def begin(self) -> None:
+        """Send what this step changes."""
+        b = self.batch
+        cells = [x for ps in self.layout.shared for x in shared(ps.measure, b.groups, b.clock)]
+        entries = [b.positions[n] % [len(t) for t in b.slots[n]] for n in self.layout.rings]
+        rows = np.column_stack([b.table64, *(e[b.first] for e in entries)]).astype(np.float64)
+        words = [np.array([int(b.clock)]), np.array(cells, np.float64), np.array(b.gradients, np.int64)]
+        self.step = send([*words, b.row.astype(np.int64), rows.ravel()], b.device)
+
+    def apply(self) -> None:
+        self.last.start()
+
+    def totals(self, ps: "Pass") -> Tensor:
+        """Each tensor's own, float64 [tensors, reductions]."""
+        if ps.end not in self.sums:
+            b = self.batch
+            out = torch.zeros(len(b.params), len(ps.measure.link.reduce), dtype=torch.float64, device=b.device)
+            cells = addresses(out, range(out.shape[1]))
+            self.sums[ps.end] = out, Joint([Kernel(self, ps, source.totals)], np.arange(len(out)), cells)
+        out, joint = self.sums[ps.end]
+        joint.run()
+        return out
+
+    def gives(self, ps: "Pass") -> np.ndarray:
+        """Where the results of a measure are stored: addresses [results, tensors]."""
+        columns = self.batch.program.scalars.measured
+        at = [columns.index((ps.measure.chain, name)) for name in ps.measure.link.gives]
+        return addresses(self.batch.measured, at)
+
+
+def measure(parts: "Sequence[tuple[Kernels, Pass]]") -> None:
+    """Reduce and finish a measure, over all of these batches or over each tensor of theirs."""
+    over_all = parts[0][1].measure.link.scope == "all"
+    for members in [parts] if over_all else [[x] for x in parts]:
+        first, ps = members[0]
+        if ps.end not in first.joints:
+            cells = np.concatenate([k.gives(x) for k, x in members], 1)
+            group = np.arange(cells.shape[1]) * (not over_all)
+            first.joints[ps.end] = Joint([Kernel(k, x, source.measure) for k, x in members], group, cells)
+        first.joints[ps.end].run()
+
+
+def addresses(table: Tensor, columns: Sequence[int]) -> np.ndarray:
+    """Of the cells of some columns, [columns, rows]."""
+    rows = np.arange(len(table)) * table.stride(0) + np.array(columns)[:, None]
+    return table.data_ptr() + rows * table.element_size()

@@ -1,0 +1,260 @@
+"""A pass as Triton text: the rules as functions, one after the other, on the registers of a tile."""
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..scalars import Column
+from ..transform import Stage
+from .rules import as_jit
+
+if TYPE_CHECKING:
+    from ..plan import Kind, Pass
+
+TYPES = {
+    torch.float32: "tl.float32",
+    torch.float64: "tl.float64",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16",
+}
+
+TEXT = """# {title}
+import triton
+import triton.language as tl
+
+from gradkit.triton_kernels.memory import (
+    give, inside, is_last, load, max_of, maximum, narrow, number, peak, philox, spread, stochastic, store, sum_of, total,
+    widen,
+)
+
+# The rules are put among these globals by the loader: {rules}.
+
+
+@triton.jit
+def tile({inputs}, at, left, FULL: tl.constexpr, TILE: tl.constexpr):
+    {body}
+
+
+@triton.jit(do_not_specialize=[{arguments}])
+def run({signature}, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    block = tl.program_id(0)
+    t = tl.load(blocks + 2 * block)
+    start = tl.load(blocks + 2 * block + 1).to(tl.int64) * CHUNK
+    {opening}
+    at = 0
+    while at < full:
+        {fast}
+        at += TILE
+    while at < left:
+        {slow}
+        at += TILE
+    {ending}
+"""
+
+APPLY = ("step", "fixed", "blocks", "measured", "T")
+REDUCE = (*APPLY, "joint", "partials", "counters", "base", "O")
+FOLD = 4  # tiles of partial results that the last block reads at once
+
+
+class Layout:
+    """Where a batch's tables hold what. In words of 64 bits; T tensors.
+
+    fixed [roles, T]: addresses, sizes, and what the random bits depend on.
+    step: the clock, what `finish` over all asks for, then of each tensor its gradient's address and its row, then rows.
+    """
+
+    def __init__(self, kind: "Kind"):
+        program = kind.program
+        stores = ["p", *(f"s_{n}" for n in program.slots), *["rest"] * (kind.rounding == "kahan")]
+        random = ["element", "index", "key"] if kind.rounding == "stochastic" else []
+        self.fixed = {role: i for i, role in enumerate([*stores, "size", *random])}
+        self.shared = [ps for ps in program.passes if ps.measure and ps.measure.link.scope == "all"]
+        self.cells, self.head = {}, 1
+        for ps in self.shared:
+            self.cells[ps.end] = self.head
+            self.head += len(ps.measure.link.scalars)
+        self.rings = {name: len(program.scalars.rows) + i for i, name in enumerate(program.rings)}
+        self.columns = len(program.scalars.rows) + len(self.rings)
+        self.measured = max(1, len(program.scalars.measured))
+
+    def of(self, role: str) -> str:
+        """The expression of tensor t's word."""
+        return f"tl.load(step + {self.head} + t)" if role == "g" else f"tl.load(fixed + {self.fixed[role]} * T + t)"
+
+    def scalar(self, column: Column) -> str:
+        cell = f"tl.load(measured + t * {self.measured} + {column.at})"
+        return cell if column.measured else f"number(row + {column.at})"
+
+
+class Source(NamedTuple):
+    """A kernel's text, and the functions that it calls by the names they have there."""
+
+    text: str
+    rules: dict[str, Any]
+
+
+def register(column: Column) -> str:
+    return f"{'m' if column.measured else 'h'}{column.at}"
+
+
+class Writer:
+    """What the kernels of one pass have in common: from addresses to the registers u, p, g and s_<slot> of a tile."""
+
+    def __init__(self, kind: "Kind", ps: "Pass"):
+        self.kind, self.ps, self.layout = kind, ps, Layout(kind)
+        self.rules: dict[str, Any] = {}
+        self.kahan = kind.rounding == "kahan" and ps.reads_p
+        slots = dict(zip(kind.program.slots, kind.slots, strict=True))
+        self.roles = {"p": kind.dtype, "g": kind.gdtype, **{f"s_{n}": slots[n] for n in ps.slots}}
+        if not ps.reads_p:
+            del self.roles["p"]
+        if self.kahan:
+            self.roles["rest"] = kind.dtype
+        self.used = sorted({c for i, _ in ps.rules for c in kind.program.scalars.of[i]})
+        self.inputs = [*(f"P_{r}" for r in self.roles), *map(register, self.used)]
+
+    def function(self, name: str, plain: Any) -> str:
+        """The name under which the text calls a function."""
+        self.rules[name] = as_jit(plain)
+        return name
+
+    def opening(self) -> list[str]:
+        """Tensor t's pointers at this block, its scalars, and how many elements go the fast way."""
+        layout, lines = self.layout, [f"size = {self.layout.of('size')}"]
+        lines.append(
+            f"row = step + {layout.head} + 2 * T + tl.load(step + {layout.head} + T + t) * {layout.columns}"
+        )
+        for role, dtype in self.roles.items():
+            ring = layout.rings.get(role.removeprefix("s_"))
+            entry = f" + number(row + {ring}).to(tl.int64) * size * {dtype.itemsize}" if ring is not None else ""
+            lines += [
+                f"A_{role} = {layout.of(role)}{entry}",
+                f"P_{role} = A_{role}.to(tl.pointer_type({TYPES[dtype]})) + start",
+            ]
+        lines += [f"{register(c)} = spread({layout.scalar(c)}, TILE)" for c in self.used]
+        addresses = " | ".join(f"A_{role}" for role in self.roles)
+        return [
+            *lines,
+            "left = tl.minimum(size - start, CHUNK).to(tl.int32)",
+            f"full = tl.where(({addresses}) & 15 == 0, left // TILE * TILE, 0)",
+        ]
+
+    def links(self) -> list[str]:
+        """Loads, then the rules."""
+        lines = [f"{r} = load(P_{r}, at, left, FULL, TILE)" for r in self.roles]
+        if self.kahan:
+            lines += ["stored = p", "p = stored + rest", "before = p"]
+        lines += ["g = -g"] * self.kind.program.maximize + ["u = g"]
+        for i, placed in self.ps.rules:
+            rule, registers = placed.link, [f"s_{n}" for n in placed.holds]
+            given = ["u", *rule.sees, *registers, *map(register, self.kind.program.scalars.of[i])]
+            flows = "p" if rule.stage == Stage.WRITE else "u"
+            name = self.function(f"r{i}_{rule.name}", rule)
+            lines.append(f"{', '.join([flows, *registers])} = {name}({', '.join(given)})")
+        return lines
+
+    def text(self, arguments: tuple[str, ...], **parts: Any) -> Source:
+        """The whole module; parts: the lines of each place in TEXT."""
+        lines = {name: ("\n" + " " * (8 if name in ("fast", "slow") else 4)).join(x) for name, x in parts.items()}
+        chain = " -> ".join(x.label for x in self.kind.program.pieces[: self.ps.end + 1])
+        text = TEXT.format(
+            title=f"{chain}; parameters {TYPES[self.kind.dtype]}, gradients {TYPES[self.kind.gdtype]}",
+            inputs=", ".join(self.inputs),
+            rules=", ".join(self.rules) or "none",
+            arguments=", ".join(map(repr, arguments)),
+            signature=", ".join(arguments),
+            **lines,
+        )
+        return Source(text, self.rules)
+
+
+@lru_cache(maxsize=64)
+def apply(kind: "Kind", ps: "Pass") -> Source:
+    """The whole chain, and the stores."""
+    w = Writer(kind, ps)
+    opening = w.opening()
+    if kind.rounding == "stochastic":
+        random = {r: w.layout.of(r) for r in ("element", "index", "key")}
+        opening += [*(f"{r} = {x}" for r, x in random.items()), "element += start", "clock = tl.load(step)"]
+        w.inputs += [*random, "clock"]
+    body = w.links() + write(kind)
+    body += [stored(r, f"narrow({r}, {TYPES[d]})") for r, d in w.roles.items() if r.startswith("s_")]
+    call = "tile({}, at, left, {}, TILE)".format(", ".join(w.inputs), "{}")
+    fast, slow = ([call.format(full)] for full in (True, False))
+    return w.text(APPLY, opening=opening, body=body, fast=fast, slow=slow, ending=[])
+
+
+def stored(role: str, value: str) -> str:
+    return f"store(P_{role}, at, left, {value}, FULL, TILE)"
+
+
+def write(kind: "Kind") -> list[str]:
+    """The stores of the parameter, as its rounding says."""
+    low = TYPES[kind.dtype]
+    if kind.rounding == "stochastic":
+        bits = "philox(element + at + tl.arange(0, TILE), clock, index, key)"
+        return [stored("p", f"stochastic(p, {bits}, {low})")]
+    if kind.rounding == "kahan":  # one that did not move keeps its bits, also on a tie
+        return [
+            f"near = widen(narrow(p, {low}))",
+            "moved = p != before",
+            stored("p", f"narrow(tl.where(moved, near, stored), {low})"),
+            stored("rest", f"narrow(tl.where(moved, p - near, rest), {low})"),
+        ]
+    return [stored("p", f"narrow(p, {low})")]
+
+
+@lru_cache(maxsize=64)
+def measure(kind: "Kind", ps: "Pass") -> Source:
+    """The measure of a pass; the last block of what it is over runs its `finish` and gives the results."""
+    w, link = Writer(kind, ps), ps.measure.link
+    finish = w.function(f"finish_{link.finish.__name__}", link.finish)
+    if link.scope == "all":
+        cells = [f"number(step + {w.layout.cells[ps.end] + i})" for i in range(len(link.scalars))]
+    else:
+        cells = [f"{w.layout.scalar(c)}.to(tl.float64)" for c in kind.program.scalars.of[ps.end]]
+    given = [f"v{i}" for i in range(len(link.gives))]
+    totals = [f"x{j}" for j in range(len(link.reduce))]
+    last = [f"{', '.join(given)} = {finish}({', '.join([*totals, *cells])})"]
+    return reduction(w, link.scope, last, given, TYPES[kind.compute])
+
+
+@lru_cache(maxsize=64)
+def totals(kind: "Kind", ps: "Pass") -> Source:
+    """Each tensor's own totals, for a `finish` on the host's side: over shards, or together with other backends."""
+    return reduction(Writer(kind, ps), "tensor", [], [f"x{j}" for j in range(len(ps.measure.link.reduce))], "tl.float64")
+
+
+def reduction(w: Writer, scope: str, last: list[str], given: list[str], kind: str) -> Source:
+    """Partial results of each block in fixed order, float32 in a block's lanes and float64 from there on."""
+    link = w.ps.measure.link
+    how, count = list(link.reduce.values()), len(link.reduce)
+    values = ", ".join(f"x{j}" for j in range(count))
+    body = w.links()
+    body.append(f"{values} = {w.function(f'map_{link.name}', link)}({', '.join(['u', *link.sees])})")
+    body.append(f"return {', '.join(f'inside(x{j}, at, left, FULL, TILE)' for j in range(count))}")
+    add = [f"a{j} = maximum(a{j}, x{j})" if kind_ == "max" else f"a{j} = a{j} + x{j}" for j, kind_ in enumerate(how)]
+    call = f"{values} = tile({', '.join(w.inputs)}, at, left, {{}}, TILE)"
+    k, groups = ("0", "1") if scope == "all" else ("t", "O")  # what finishes together
+    ending = [f"here = partials + (base + block) * {count}"]
+    ending += [f"tl.store(here + {j}, {'peak' if x == 'max' else 'total'}(a{j}))" for j, x in enumerate(how)]
+    ending += [f"first, end = tl.load(joint + {k}), tl.load(joint + {groups} + {k})"]
+    inner = []
+    for j, x in enumerate(how):
+        fold = "max_of" if x == "max" else "sum_of"
+        mean = f" / number(joint + 2 * {groups} + {k})" if x == "mean" and last else ""
+        inner.append(f"x{j} = {fold}(partials + {j}, first, end, {count}, {FOLD} * TILE){mean}")
+    span = "0, O" if scope == "all" else "t, t + 1"
+    inner += last
+    inner += [f"give(joint + 3 * {groups} + {i} * O, {span}, {x}, {kind}, TILE)" for i, x in enumerate(given)]
+    inner.append(f"tl.store(counters + {k}, 0)")
+    ending += [f"if is_last(counters + {k}, end - first):", *(f"    {line}" for line in inner)]
+    return w.text(
+        REDUCE,
+        opening=w.opening() + [f"a{j} = tl.zeros([TILE], tl.float32)" for j in range(count)],
+        body=body,
+        fast=[call.format(True), *add],
+        slow=[call.format(False), *add],
+        ending=ending,
+    )
