@@ -23,6 +23,7 @@ class Place:
 
     device = torch.device("cuda")
     backend = "triton"
+    tensors = {"few": 3, "many": 300}
     sampled = 2048  # elements of a tensor, beside its ends
     repetitions = 1000  # of a reduction that other blocks race
     many = 8  # streams, each with an optimizer of its own
@@ -74,6 +75,7 @@ class Interpreter(Place):
     """The CPU: what the device's own clocks, streams and traces would say is stood in for."""
 
     device = torch.device("cpu")
+    tensors = {"few": 3, "many": 20}
     sampled = 64
     repetitions = 3
     many = 2
