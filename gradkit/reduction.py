@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import sharding
-from .backends import Triton
+from .backends.triton import measured
 from .scalars import shared
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ class Reduction:
 
     def run(self, params: Sequence[Tensor], sharded: bool) -> None:
         """Reduce, complete over shards, and give the results to the batches."""
-        if not sharded and Triton.covers(self.parts):
-            Triton.measure(self.parts)
+        if not sharded and measured(self.parts):
             return
         parts = [torch.cat((b.backend.reduce(ps), b.numel), 1) for b, ps in self.parts]  # the last column counts
         if sharded:

@@ -109,9 +109,9 @@ class Joint:
 
     def run(self) -> None:
         base = 0
-        for kernel in self.kernels:
-            kernel.start(self.table, self.partials, self.counters, base, self.outputs)
-            base += len(kernel.blocks)
+        for one in self.kernels:
+            one.start(self.table, self.partials, self.counters, base, self.outputs)
+            base += len(one.blocks)
 
 
 class Kernels:
@@ -134,7 +134,7 @@ class Kernels:
         """Send what this step changes."""
         b = self.batch
         cells = [x for ps in self.layout.shared for x in shared(ps.measure, b.groups, b.clock)]
-        entries = [b.positions[n] % [len(t) for t in b.slots[n]] for n in self.layout.rings]
+        entries = [b.positions[n] % [len(t) for t in b.slots[n]] for n in b.program.rings]
         rows = np.column_stack([b.table64, *(e[b.first] for e in entries)]).astype(np.float64)
         words = [np.array([int(b.clock)]), np.array(cells, np.float64), np.array(b.gradients, np.int64)]
         self.step = send([*words, b.row.astype(np.int64), rows.ravel()], b.device)
@@ -167,7 +167,7 @@ def measure(parts: "Sequence[tuple[Kernels, Pass]]") -> None:
         first, ps = members[0]
         if ps.end not in first.joints:
             cells = np.concatenate([k.gives(x) for k, x in members], 1)
-            group = np.arange(cells.shape[1]) * (not over_all)
+            group = np.arange(cells.shape[1]) // (cells.shape[1] if over_all else 1)
             first.joints[ps.end] = Joint([Kernel(k, x, source.measure) for k, x in members], group, cells)
         first.joints[ps.end].run()
 

@@ -137,10 +137,11 @@ def max_of(partials, at, end, STEP: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def give(cells, at, end, value, DTYPE: tl.constexpr, TILE: tl.constexpr):
-    """Store a value at every address of a table."""
+def give(cells, count, value, DTYPE: tl.constexpr, TILE: tl.constexpr):
+    """Store a value at each of so many addresses."""
     lane = tl.arange(0, TILE)
-    while at < end:
-        here = at + lane < end
+    at = 0
+    while at < count:
+        here = at + lane < count
         tl.store(tl.load(cells + at + lane, mask=here, other=0).to(tl.pointer_type(DTYPE)), value.to(DTYPE), mask=here)
         at += TILE

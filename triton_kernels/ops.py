@@ -1,7 +1,7 @@
 """The functions of gradkit/ops.py for Triton, in float32 for rules and in float64 for what finishes a measure.
 
-In float32 Triton's own maximum drops NaN, its sqrt and `/` are approximate and flush denormals, and its exp loses 40 ulp
-at 80: here are the polynomials of gradkit/backends/prelude.h. In float64 its own are exact enough.
+Triton's own maximum drops NaN; in float32 its sqrt and `/` are approximate and flush denormals, and its exp loses 40
+ulp at 80: here stand the polynomials of gradkit/backends/prelude.h. What is finished in float64 is stored as float32.
 """
 
 import triton

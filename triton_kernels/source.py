@@ -23,12 +23,10 @@ TEXT = """# {title}
 import triton
 import triton.language as tl
 
-from gradkit.triton_kernels.memory import (
-    give, inside, is_last, load, max_of, maximum, narrow, number, peak, philox, spread, stochastic, store, sum_of, total,
-    widen,
-)
+from gradkit.triton_kernels.memory import give, inside, load, narrow, number, philox, spread, stochastic, store, widen
+from gradkit.triton_kernels.memory import is_last, max_of, maximum, peak, sum_of, total
 
-# The rules are put among these globals by the loader: {rules}.
+# The loader puts the rules among these globals: {rules}.
 
 
 @triton.jit
@@ -44,10 +42,10 @@ def run({signature}, CHUNK: tl.constexpr, TILE: tl.constexpr):
     {opening}
     at = 0
     while at < full:
-        {fast}
+        {loop_full}
         at += TILE
     while at < left:
-        {slow}
+        {loop_rest}
         at += TILE
     {ending}
 """
@@ -61,7 +59,8 @@ class Layout:
     """Where a batch's tables hold what. In words of 64 bits; T tensors.
 
     fixed [roles, T]: addresses, sizes, and what the random bits depend on.
-    step: the clock, what `finish` over all asks for, then of each tensor its gradient's address and its row, then rows.
+    step: the clock, what `finish` over all asks for, each tensor's gradient's address and row, then the rows: scalars
+        and the positions of rings.
     """
 
     def __init__(self, kind: "Kind"):
@@ -74,7 +73,7 @@ class Layout:
         for ps in self.shared:
             self.cells[ps.end] = self.head
             self.head += len(ps.measure.link.scalars)
-        self.rings = {name: len(program.scalars.rows) + i for i, name in enumerate(program.rings)}
+        self.rings = {f"s_{n}": len(program.scalars.rows) + i for i, n in enumerate(program.rings)}
         self.columns = len(program.scalars.rows) + len(self.rings)
         self.measured = max(1, len(program.scalars.measured))
 
@@ -122,12 +121,10 @@ class Writer:
     def opening(self) -> list[str]:
         """Tensor t's pointers at this block, its scalars, and how many elements go the fast way."""
         layout, lines = self.layout, [f"size = {self.layout.of('size')}"]
-        lines.append(
-            f"row = step + {layout.head} + 2 * T + tl.load(step + {layout.head} + T + t) * {layout.columns}"
-        )
+        lines.append(f"row = step + {layout.head} + 2 * T + tl.load(step + {layout.head} + T + t) * {layout.columns}")
         for role, dtype in self.roles.items():
-            ring = layout.rings.get(role.removeprefix("s_"))
-            entry = f" + number(row + {ring}).to(tl.int64) * size * {dtype.itemsize}" if ring is not None else ""
+            at = layout.rings.get(role)  # the column of its position: entries lie one after the other
+            entry = "" if at is None else f" + number(row + {at}).to(tl.int64) * size * {dtype.itemsize}"
             lines += [
                 f"A_{role} = {layout.of(role)}{entry}",
                 f"P_{role} = A_{role}.to(tl.pointer_type({TYPES[dtype]})) + start",
@@ -154,9 +151,12 @@ class Writer:
             lines.append(f"{', '.join([flows, *registers])} = {name}({', '.join(given)})")
         return lines
 
+    def call(self) -> str:
+        return f"tile({', '.join(self.inputs)}, at, left, FULL, TILE)"
+
     def text(self, arguments: tuple[str, ...], **parts: Any) -> Source:
         """The whole module; parts: the lines of each place in TEXT."""
-        lines = {name: ("\n" + " " * (8 if name in ("fast", "slow") else 4)).join(x) for name, x in parts.items()}
+        lines = {name: ("\n" + " " * 4 * (1 + (name == "loop"))).join(x) for name, x in parts.items()}
         chain = " -> ".join(x.label for x in self.kind.program.pieces[: self.ps.end + 1])
         text = TEXT.format(
             title=f"{chain}; parameters {TYPES[self.kind.dtype]}, gradients {TYPES[self.kind.gdtype]}",
@@ -164,6 +164,8 @@ class Writer:
             rules=", ".join(self.rules) or "none",
             arguments=", ".join(map(repr, arguments)),
             signature=", ".join(arguments),
+            loop_full=lines["loop"].replace("FULL", "True"),
+            loop_rest=lines["loop"].replace("FULL", "False"),
             **lines,
         )
         return Source(text, self.rules)
@@ -180,9 +182,7 @@ def apply(kind: "Kind", ps: "Pass") -> Source:
         w.inputs += [*random, "clock"]
     body = w.links() + write(kind)
     body += [stored(r, f"narrow({r}, {TYPES[d]})") for r, d in w.roles.items() if r.startswith("s_")]
-    call = "tile({}, at, left, {}, TILE)".format(", ".join(w.inputs), "{}")
-    fast, slow = ([call.format(full)] for full in (True, False))
-    return w.text(APPLY, opening=opening, body=body, fast=fast, slow=slow, ending=[])
+    return w.text(APPLY, opening=opening, body=body, loop=[w.call()], ending=[])
 
 
 def stored(role: str, value: str) -> str:
@@ -223,10 +223,11 @@ def measure(kind: "Kind", ps: "Pass") -> Source:
 @lru_cache(maxsize=64)
 def totals(kind: "Kind", ps: "Pass") -> Source:
     """Each tensor's own totals, for a `finish` on the host's side: over shards, or together with other backends."""
-    return reduction(Writer(kind, ps), "tensor", [], [f"x{j}" for j in range(len(ps.measure.link.reduce))], "tl.float64")
+    given = [f"x{j}" for j in range(len(ps.measure.link.reduce))]
+    return reduction(Writer(kind, ps), "tensor", [], given, "tl.float64")
 
 
-def reduction(w: Writer, scope: str, last: list[str], given: list[str], kind: str) -> Source:
+def reduction(w: Writer, scope: str, last: list[str], given: list[str], cell: str) -> Source:
     """Partial results of each block in fixed order, float32 in a block's lanes and float64 from there on."""
     link = w.ps.measure.link
     how, count = list(link.reduce.values()), len(link.reduce)
@@ -234,9 +235,9 @@ def reduction(w: Writer, scope: str, last: list[str], given: list[str], kind: st
     body = w.links()
     body.append(f"{values} = {w.function(f'map_{link.name}', link)}({', '.join(['u', *link.sees])})")
     body.append(f"return {', '.join(f'inside(x{j}, at, left, FULL, TILE)' for j in range(count))}")
-    add = [f"a{j} = maximum(a{j}, x{j})" if kind_ == "max" else f"a{j} = a{j} + x{j}" for j, kind_ in enumerate(how)]
-    call = f"{values} = tile({', '.join(w.inputs)}, at, left, {{}}, TILE)"
-    k, groups = ("0", "1") if scope == "all" else ("t", "O")  # what finishes together
+    add = [f"a{j} = maximum(a{j}, x{j})" if x == "max" else f"a{j} = a{j} + x{j}" for j, x in enumerate(how)]
+    # the group of t that finishes together, how many there are, and how many cells take its results
+    k, groups, outputs = ("0", "1", "O") if scope == "all" else ("t", "O", "1")
     ending = [f"here = partials + (base + block) * {count}"]
     ending += [f"tl.store(here + {j}, {'peak' if x == 'max' else 'total'}(a{j}))" for j, x in enumerate(how)]
     ending += [f"first, end = tl.load(joint + {k}), tl.load(joint + {groups} + {k})"]
@@ -245,16 +246,14 @@ def reduction(w: Writer, scope: str, last: list[str], given: list[str], kind: st
         fold = "max_of" if x == "max" else "sum_of"
         mean = f" / number(joint + 2 * {groups} + {k})" if x == "mean" and last else ""
         inner.append(f"x{j} = {fold}(partials + {j}, first, end, {count}, {FOLD} * TILE){mean}")
-    span = "0, O" if scope == "all" else "t, t + 1"
     inner += last
-    inner += [f"give(joint + 3 * {groups} + {i} * O, {span}, {x}, {kind}, TILE)" for i, x in enumerate(given)]
+    inner += [f"give(joint + 3 * {groups} + {i} * O + {k}, {outputs}, {x}, {cell}, TILE)" for i, x in enumerate(given)]
     inner.append(f"tl.store(counters + {k}, 0)")
     ending += [f"if is_last(counters + {k}, end - first):", *(f"    {line}" for line in inner)]
     return w.text(
         REDUCE,
         opening=w.opening() + [f"a{j} = tl.zeros([TILE], tl.float32)" for j in range(count)],
         body=body,
-        fast=[call.format(True), *add],
-        slow=[call.format(False), *add],
+        loop=[f"{values} = {w.call()}", *add],
         ending=ending,
     )

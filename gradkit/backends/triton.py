@@ -60,14 +60,14 @@ class Triton:
         """Run the whole chain and store the parameters and slots."""
         self.kernels.apply()
 
-    @staticmethod
-    def covers(parts: "Sequence[tuple[Batch, Pass]]") -> bool:
-        """Whether it can finish a measure over these batches: all its own, and on one device."""
-        return all(isinstance(b.backend, Triton) and b.device == parts[0][0].device for b, _ in parts)
 
-    @staticmethod
-    def measure(parts: "Sequence[tuple[Batch, Pass]]") -> None:
-        """Reduce a measure and give its results, with one launch a batch."""
-        from ..triton_kernels import launch
+def measured(parts: "Sequence[tuple[Batch, Pass]]") -> bool:
+    """Reduce a measure and give its results, by one launch a batch, if all are run here and on one device."""
+    device = parts[0][0].device
+    own = [(b.backend.kernels, ps) for b, ps in parts if isinstance(b.backend, Triton) and b.device == device]
+    if len(own) < len(parts):
+        return False
+    from ..triton_kernels import launch
 
-        launch.measure([(b.backend.kernels, ps) for b, ps in parts])
+    launch.measure(own)
+    return True
