@@ -3,6 +3,7 @@
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from . import bars
@@ -178,7 +179,7 @@ def plot(data: Record, file: Path) -> None:
     low, high = axes.get_xlim()
     axes.set_xlim(min(0.5, low), 1.15 * high)  # room for the last label
     axes.set_xlabel("time of a step / time of torch.optim.AdamW(fused=True), log scale", fontsize=9)
-    axes.set_title(f"{machine(data)}, {data['date']}", fontsize=9)
+    axes.set_title(fill(f"{machine(data)}, {data['date']}", 100), fontsize=9)
     ticks = [t for t in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()

@@ -128,10 +128,11 @@ def ours_on_gpu(backend: str) -> list[Row]:
     """Every row names the backend: one that can't run is a row with the reason, and never another backend's time."""
     clip = of("gradkit", "AdamW", transforms=[clip_by_global_norm(1.0)], backend=backend)
     kahan, stochastic = (of("gradkit", "AdamW", backend=backend, rounding=r) for r in ("kahan", "stochastic"))
-    low = torch.bfloat16
+    low, (low_adamw, *others) = torch.bfloat16, in_bf16(backend)
     return [
         *elementwise("triton", backend),
-        *(row._replace(limits="triton", also=("torch AdamW fused bf16",)) for row in in_bf16(backend)),
+        low_adamw._replace(limits="triton", also=("torch AdamW fused bf16",)),
+        *(row._replace(limits="triton") for row in others),
         Row("gradkit AdamW bf16, global clip", "gradkit", "AdamW, clip", 24, clip, low, "triton", (CLIPPED_BF16,)),
         Row("gradkit AdamW bf16, stochastic", "gradkit", "AdamW", 22, stochastic, low, "triton"),
         Row("gradkit AdamW bf16, Kahan", "gradkit", "AdamW", 26, kahan, low, "triton"),

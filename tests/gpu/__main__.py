@@ -5,6 +5,7 @@ import gc
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 
 import torch
 
@@ -29,11 +30,11 @@ def outcome(check: Check, place: Place) -> str:
     return ""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="on the CPU, in Triton's interpreter: shows that they run")
     parser.add_argument("words", nargs="*", metavar="WORD")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     place = find(options.tiny)
     gc.freeze()  # the collector looks only at what the checks leave: 0.2 s less after each of them
     print(f"gradkit {gradkit.__version__}, torch {torch.__version__}, {place.describe()}", flush=True)

@@ -48,6 +48,15 @@ class Place:
         """To be entered again and again."""
         return [torch.cuda.stream(torch.cuda.Stream(self.device)) for _ in range(count)]
 
+    def hold(self, streams: Sequence[AbstractContextManager[Any]]) -> None:
+        """Keep the streams waiting for some 20 ms: what is queued on them meanwhile starts at once, and races."""
+        one = torch.ones(8192, 8192, device=self.device)
+        torch.mm(one, one)
+        done = torch.cuda.current_stream(self.device).record_event()
+        for stream in streams:
+            with stream:
+                torch.cuda.current_stream(self.device).wait_event(done)
+
     @contextmanager
     def unsynchronised(self) -> Iterator[None]:
         """What waits for the device in here raises."""
@@ -97,6 +106,9 @@ class Interpreter(Place):
 
     def streams(self, count: int) -> list[AbstractContextManager[Any]]:
         return [nullcontext() for _ in range(count)]
+
+    def hold(self, streams: Sequence[AbstractContextManager[Any]]) -> None:
+        pass
 
     @contextmanager
     def unsynchronised(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from .place import Place
 
 ROOT = Path(__file__).resolve().parents[2]
 FOUND_AN_ERROR = 9
-LIMIT = 180  # seconds; a step under the tool takes a hundred times as long
+LIMIT = 120  # seconds; a step under the tool takes a hundred times as long
 # each allocation by itself: inside one large one, of torch's cache, an access beyond a tensor would be no error
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
