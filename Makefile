@@ -23,10 +23,10 @@ test: $(VENV)/with-dev $(VENV)/with-docs ## all tests
 	$(MAKE) test-triton
 
 # Two processes, since Triton reads TRITON_INTERPRET when it is imported. One that collects nothing fails.
-test-triton: $(VENV)/with-dev ## the rules through Triton, without a GPU: interpreted, then compiled
+test-triton: $(VENV)/with-dev ## rules and steps through Triton, without a GPU: interpreted, then compiled
 ifeq ($(shell uname),Linux)
-	TRITON_INTERPRET=1 $(pytest) tests/triton/test_interpreter.py
-	env -u TRITON_INTERPRET $(pytest) tests/triton/test_compile.py
+	TRITON_INTERPRET=1 $(pytest) tests/triton
+	env -u TRITON_INTERPRET $(pytest) tests/triton
 else
 	@echo "Triton has wheels for Linux only: nothing is tested here"
 endif

@@ -1,9 +1,9 @@
 """From text to a kernel: a module with a file of its own, which Triton, debuggers and profilers read."""
 
 import hashlib
-import importlib.util
 import os
 import tempfile
+import types
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -16,11 +16,10 @@ from ..backends import ccache
 def kernel(text: str, **functions: Any) -> Any:
     """The function `run` of a text that finds these functions among its globals."""
     name = f"gradkit_{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-    spec: Any = importlib.util.spec_from_file_location(name, write(f"{name}.py", text))
-    module = importlib.util.module_from_spec(spec)
+    module = types.ModuleType(name)
     vars(module).update(functions)
-    spec.loader.exec_module(module)
-    return module.run
+    exec(compile(text, write(f"{name}.py", text), "exec"), vars(module))  # an import would also trust a .pyc beside it
+    return vars(module)["run"]
 
 
 def write(name: str, text: str) -> Path:

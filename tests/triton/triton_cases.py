@@ -5,6 +5,7 @@ import triton.language as tl
 
 from gradkit import rule
 from gradkit.ops import absolute, exp, isfinite, lerp, log, maximum, minimum, sigmoid, sign, sqrt, tanh, where
+from gradkit.triton_kernels.memory import narrow, philox, stochastic, widen
 
 
 @rule
@@ -109,3 +110,31 @@ def adam_kernel(u, exp_avg, exp_avg_sq, scalars, out, new_m, new_v, n, RULE: tl.
     tl.store(out + at, r, mask=inside)
     tl.store(new_m + at, m, mask=inside)
     tl.store(new_v + at, v, mask=inside)
+
+
+@triton.jit
+def finish_kernel(x, y, out, FINISH: tl.constexpr):
+    """One element a program, as scalars."""
+    i = tl.program_id(0)
+    tl.store(out + i, FINISH(tl.load(x + i), tl.load(y)))
+
+
+@triton.jit
+def philox_kernel(words, out, TILE: tl.constexpr):
+    at = tl.arange(0, TILE)
+    step, index, key = tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+    tl.store(out + at, philox(tl.load(words) + at, step, index, key).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def rounding_kernel(x, bits, nearest, drawn, n, TILE: tl.constexpr):
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    value, random = tl.load(x + at, mask=at < n), tl.load(bits + at, mask=at < n).to(tl.uint32, bitcast=True)
+    tl.store(nearest + at, narrow(value, nearest.dtype.element_ty), mask=at < n)
+    tl.store(drawn + at, stochastic(value, random, drawn.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def widening_kernel(x, out, n, TILE: tl.constexpr):
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tl.store(out + at, widen(tl.load(x + at, mask=at < n)), mask=at < n)
