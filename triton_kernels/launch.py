@@ -99,12 +99,12 @@ class Joint:
 
     def __init__(self, kernels: Sequence[Kernel], group: np.ndarray, cells: np.ndarray):
         self.kernels, self.outputs = kernels, cells.shape[1]
-        first, device = kernels[0].ps.measure.link, kernels[0].owner.batch.device
+        link, device = kernels[0].ps.measure.link, kernels[0].owner.batch.device
         blocks = np.bincount(group, np.concatenate([k.counts for k in kernels])).astype(np.int64)
         numel = np.bincount(group, np.concatenate([k.owner.batch.sizes for k in kernels]))
         end = blocks.cumsum()
         self.table = send([end - blocks, end, numel.astype(np.float64), cells.ravel()], device)
-        self.partials = torch.empty(int(end[-1]), len(first.reduce), dtype=torch.float64, device=device)
+        self.partials = torch.empty(int(end[-1]), len(link.reduce), dtype=torch.float64, device=device)
         self.counters = torch.zeros(len(end), dtype=torch.int32, device=device)
 
     def run(self) -> None:

@@ -102,8 +102,9 @@ def total(x):
 
 @triton.jit
 def peak(x):
-    lost = tl.max((x != x).to(tl.int32), 0)  # Triton's own maximum drops NaN
-    return tl.where(lost > 0, float("nan"), tl.max(x, 0).to(tl.float64))
+    """The largest of what is not negative. Triton's own maximum drops NaN, whose bits are above those of infinity."""
+    bits = tl.where(x != x, float("nan"), x).to(tl.float64).to(tl.int64, bitcast=True)
+    return tl.max(bits, 0).to(tl.float64, bitcast=True)
 
 
 @triton.jit

@@ -147,7 +147,7 @@ def test_a_users_chain_over_groups_views_and_late_parameters_is_eager(offset):
     for backend in ("eager", "triton"):
         params = views(sizes, offset)
         groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.3, "mine.window": 3, "weight_decay": 0.0}]
-        optimizer = users_chain(groups, lr=0.1, backend=backend, weight_decay=0.1, decay="cautious")
+        optimizer = users_chain(groups, lr=0.1, backend=backend, weight_decay=0.1, decay="cautious", maximize=True)
         generator = torch.Generator().manual_seed(2)
         for t in range(5):
             for i, p in enumerate(params):
