@@ -25,7 +25,8 @@ class Place:
     backend = "triton"
     tensors = {"few": 3, "many": 300}
     sampled = 2048  # elements of a tensor, beside its ends
-    repetitions = 1000  # of a reduction that other blocks race
+    raced = (1_500_000, 40_000, 4097, 4096, 1000, 7, 1, 333_333)  # elements: many blocks, one, and part of one
+    repetitions = 1000  # of a reduction whose blocks race
     many = 8  # streams, each with an optimizer of its own
     lengths = tuple(2**k for k in range(6, 17))  # any block that a kernel may have
     beyond = 2**31 + 4097  # elements: the last of them need an offset of 64 bits
@@ -86,6 +87,7 @@ class Interpreter(Place):
     device = torch.device("cpu")
     tensors = {"few": 3, "many": 20}
     sampled = 64
+    raced = (9000, 4097, 4096, 7, 1)
     repetitions = 3
     many = 2
     lengths = (64, 2048)
