@@ -1,0 +1,120 @@
+"""What the compiler makes of each kernel for GPUs that needn't be here: registers, bytes, widths of the fast path.
+
+`python tests/triton/gate.py` prints the table of docs/kernels.md.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from builds import TARGETS, Build, builds, used
+
+import gradkit
+from gradkit.plan import Batch, Pass
+from gradkit.transforms import cautious, clip_by_global_norm, clip_by_norm, grokfast_ema
+
+BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+
+BF16 = torch.bfloat16
+CLIP = {"transforms": [clip_by_global_norm(1.0)]}
+FIVE = {"transforms": [clip_by_norm(1.0), grokfast_ema(), cautious()], "decay": "cautious", "weight_decay": 0.1}
+# each optimizer as users run it; of those with transforms every pass is a row
+CHAINS: dict[str, tuple[type, torch.dtype, dict[str, Any]]] = {
+    "AdamW": (gradkit.AdamW, torch.float32, {}),
+    "AdamW bf16": (gradkit.AdamW, BF16, {}),
+    "AdamW bf16, stochastic": (gradkit.AdamW, BF16, {"rounding": "stochastic"}),
+    "AdamW bf16, Kahan": (gradkit.AdamW, BF16, {"rounding": "kahan"}),
+    "AdamW bf16, state too": (gradkit.AdamW, BF16, {"state_dtype": BF16}),
+    "AdamW fp16": (gradkit.AdamW, torch.float16, {}),
+    "AdamW amsgrad": (gradkit.AdamW, torch.float32, {"amsgrad": True}),
+    "AdamW, global clip": (gradkit.AdamW, torch.float32, CLIP),
+    "Lion": (gradkit.Lion, torch.float32, {"weight_decay": 0.1}),
+    "Lion bf16": (gradkit.Lion, BF16, {"weight_decay": 0.1}),
+    "DiffGrad": (gradkit.DiffGrad, torch.float32, {}),
+    "AdEMAMix": (gradkit.AdEMAMix, torch.float32, {}),
+    "AdEMAMix bf16": (gradkit.AdEMAMix, BF16, {}),
+    "Grokfast": (gradkit.Grokfast, torch.float32, {}),
+    "Grokfast, window": (gradkit.Grokfast, torch.float32, {"filter": "ma"}),
+    "own chain of five links": (gradkit.AdamW, torch.float32, FIVE),
+}
+
+
+class Row(NamedTuple):
+    """A kernel on one target: what it holds, and what the loop over full tiles does for an element."""
+
+    registers: int
+    spilled: int
+    read: float
+    written: float
+    conversions: int  # between layouts: a trip through shared memory
+    wide: int  # accesses of 4 elements at once
+    accesses: int
+
+
+def optimizer_of(name: str) -> gradkit.Optimizer:
+    cls, dtype, options = CHAINS[name]
+    p = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
+    p.grad = torch.zeros_like(p)
+    return cls([p], **options)
+
+
+def passes_of(name: str, arch: str) -> Iterator[tuple[Batch, Pass, Row]]:
+    optimizer = optimizer_of(name)
+    (batch,) = optimizer.batches(optimizer.param_groups[0]["params"], [True])
+    for ps, build in zip(batch.program.passes, builds(optimizer, arch), strict=True):
+        yield batch, ps, row(build)
+
+
+def row(build: Build) -> Row:
+    built = build.compile()
+    fast = re.search(r"scf\.(?:while|for)\b.*?scf\.yield", built.asm["ttgir"], re.S)  # the first loop
+    assert fast, "no loop over full tiles"
+    loads, stores = (re.findall(rf"^.*\b(?:tt\.|buffer_){what}\b.*", fast[0], re.M) for what in ("load", "store"))
+    masked = [x for x in (*loads, *stores) if re.search(r"tt\.(?:load \S+|store \S+, \S+), %", x)]
+    assert not masked, masked
+    sizes = [BYTES[x] for line in (*loads, *stores) for x in re.findall(r"tensor<\d+x(?:!tt\.ptr<)?(b?f\d+)", line)]
+    registers, spilled = (nvidia if build.target.backend == "cuda" else amd)(built)
+    read, written = sum(sizes[: len(loads)]), sum(sizes[len(loads) :])
+    return Row(
+        registers, spilled, read, written, fast[0].count("convert_layout"), wide(built.asm, set(sizes)), len(sizes)
+    )
+
+
+def wide(asm: Any, sizes: set[int]) -> int:
+    """Accesses of four elements at once: 128 bits of float32, 64 bits of bf16."""
+    forms = {4: r"\bglobal\.v4\.b32\b|\bbuffer_\w+_dwordx4\b", 2: r"\bglobal\.v2\.b32\b|\bbuffer_\w+_dwordx2\b"}
+    text = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
+    return sum(len(re.findall(forms[size], text)) for size in sizes)
+
+
+def nvidia(built: Any) -> tuple[int, int]:
+    """Registers of a thread, and bytes that did not fit."""
+    found = used(built)
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def amd(built: Any) -> tuple[int, int]:
+    text = built.asm["amdgcn"]
+    names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    vectors, *lost = (int(n) for name in names for n in re.findall(rf"^\s+\.{name}:\s+(\d+)", text, re.M))
+    return vectors, sum(lost)
+
+
+def table() -> str:
+    """Each pass of each chain on each target."""
+    lines = [
+        "| kernel | bytes read | written | wide accesses | " + " | ".join(f"{t}: registers" for t in TARGETS) + " |",
+        "| --- |" + " --- |" * (len(TARGETS) + 3),
+    ]
+    for name in CHAINS:
+        for each in zip(*(passes_of(name, arch) for arch in TARGETS), strict=True):
+            (_, ps, first), registers = each[0], [str(found.registers) for _, _, found in each]
+            kernel = f"{name}: {ps.measure.label}" if ps.measure else name
+            cells = [kernel, first.read, first.written, f"{first.wide} of {first.accesses}", *registers]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

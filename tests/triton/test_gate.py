@@ -1,0 +1,44 @@
+"""No kernel moves a byte more than its chain needs, spills, or takes its fast path in small pieces."""
+
+import os
+
+if os.environ.get("TRITON_INTERPRET", "0") != "0":
+    raise RuntimeError("tests/triton/test_gate.py compiles: unset TRITON_INTERPRET; `make test` does")
+
+from pathlib import Path
+
+import pytest
+import triton
+from gate import CHAINS, TARGETS, optimizer_of, passes_of, table
+
+from gradkit.explain import moved
+
+LEAST = {"AdamW": 28, "AdamW bf16": 22, "Lion": 20, "Lion bf16": 14, "AdEMAMix": 36, "AdamW bf16, Kahan": 26}
+PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_kernel_is_as_good_as_its_chain_allows(name, arch):
+    for batch, ps, found in passes_of(name, arch):
+        assert found.read + found.written == moved(batch, ps)
+        assert not found.spilled and not found.conversions
+        assert found.wide == found.accesses
+        assert found.registers <= 128, "fewer than 16 warps would fit on a multiprocessor"
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_a_step_moves_the_bytes_of_its_state(name):
+    optimizer = optimizer_of(name)
+    (batch,) = optimizer.batches(optimizer.param_groups[0]["params"], [True])
+    assert moved(batch, batch.program.passes[-1]) == LEAST[name]
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.9."), reason="the page's registers are those of triton 3.9")
+def test_the_page_has_the_table():
+    assert table() in PAGE.read_text(), "python tests/triton/gate.py prints it"
