@@ -102,8 +102,8 @@ class Gpu(Cpu):
 
     def ask(self, *fields: str) -> list[str]:
         """What nvidia-smi says of this GPU, read only; nothing where it is not found."""
-        mine = f"--id=GPU-{torch.cuda.get_device_properties(self.device).uuid}"
-        command = ["nvidia-smi", mine, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+        mine = getattr(torch.cuda.get_device_properties(self.device), "uuid", "")  # CUDA_VISIBLE_DEVICES renumbers
+        command = ["nvidia-smi", f"--id=GPU-{mine}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
         except (OSError, subprocess.SubprocessError):

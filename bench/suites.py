@@ -25,6 +25,6 @@ SUITES = {
     suite.key: suite
     for suite in (
         Suite("cpu", "Step times on the CPU", ROWS, FULL, protocol.PROTOCOL, 150),
-        Suite("gpu", "Step times on the GPU", GPU_ROWS, ON_GPU, protocol.ON_GPU, 60, 540),
+        Suite("gpu", "Step times on the GPU", GPU_ROWS, ON_GPU, protocol.ON_GPU, 90, 540),
     )
 }

@@ -91,8 +91,11 @@ def main() -> None:
     model, rounds = GPT2, ROUNDS
     if options.quick:
         candidates, model, rounds = candidates[:3], GPT2._replace(tensors=SMALL), 3
-    rows = [row for dtype in BYTES_OF for row in sweep(place, model, dtype, candidates, rounds)]
-    print(json.dumps({"machine": place.facts(), "model": model.title, "rows": rows, "clocks": place.clocks()}))
+    rows: list[dict[str, Any]] = []
+    for dtype in BYTES_OF:
+        rows += sweep(place, model, dtype, candidates, rounds)
+        made = {"machine": place.facts(), "model": model.title, "rows": rows, "clocks": place.clocks()}
+        print(json.dumps(made), flush=True)
 
 
 if __name__ == "__main__":

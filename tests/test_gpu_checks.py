@@ -71,6 +71,12 @@ def test_what_could_not_run_is_said_and_is_no_pass(monkeypatch, capsys):
     assert outcomes(monkeypatch, "no such word", test_good=good) == 1
 
 
+def test_what_is_not_begun_in_time_fails(monkeypatch, capsys):
+    monkeypatch.setattr(runner, "LIMIT", -1)
+    assert outcomes(monkeypatch, test_good=good) == 1
+    assert "0 passed, 1 failed" in capsys.readouterr().out
+
+
 def test_words_choose_among_the_names(monkeypatch, capsys):
     assert outcomes(monkeypatch, "goo", test_good=good, test_bad=bad) == 0
     assert "made::bad" not in capsys.readouterr().out
