@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import __main__ as main
-from bench import bars, devices, report
+from bench import bars, devices, protocol, report
 from bench.rows import GPU_ROWS, ROWS, ours_on_gpu
 from bench.shapes import GPT2, LLAMA, RESNET50
 from bench.suites import SUITES
@@ -165,3 +165,37 @@ def test_a_quick_run_in_the_interpreter_takes_the_gpus_path(tmp_path):
     page = file.with_suffix(".md").read_text()
     assert page == report.markdown(data) and "## AdamW by chunk, tile and warps" in page and page in done.stdout
     assert (find_spec("matplotlib") is None) == ("no plot" in done.stdout) != any(tmp_path.glob("*.png"))
+
+
+def test_a_step_is_timed_between_events_behind_the_wipes(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            assert end is not self
+            return 250.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("settle"))
+    monkeypatch.setattr(torch, "empty", lambda n, dtype, device: SimpleNamespace(zero_=lambda: log.append("wipe")))
+    assert devices.Gpu().seconds(lambda: log.append("step")) == 0.25
+    assert log == ["settle", *["wipe"] * devices.WIPES, "event", "step", "event", "wait"]
+
+
+def test_extra_memory_on_a_gpu_is_the_peak_above_what_was_held(monkeypatch):
+    peak = [0]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 100 * 2**20))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100 * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    contender = protocol.Contender(lambda: peak.__setitem__(0, 107 * 2**20), lambda: peak.__setitem__(0, 999 * 2**20))
+    assert object.__new__(devices.Gpu).extra_memory(contender) == 7.0
