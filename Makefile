@@ -2,12 +2,13 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+GPU_PYTHON ?= python3
 
 python := $(VENV)/bin/python
 pytest := $(python) -m pytest
 install := $(python) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-triton test-triton36 lint bench docs mutants evidence clean
+.PHONY: help demo test test-triton test-triton36 test-gpu lint bench bench-gpu docs mutants evidence clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -36,12 +37,19 @@ test-triton36: $(VENV)/with-dev $(VENV)/triton36 ## the same with triton 3.6
 	$(python) -c 'import triton; assert triton.__version__ == "3.6.0", triton'
 	$(MAKE) test-triton
 
+# On a machine with a GPU, in the checkout as it is: what these two need is torch, Triton and numpy.
+test-gpu: ## what only a GPU can tell; fails where there is none
+	$(GPU_PYTHON) -m tests.gpu
+
 lint: $(VENV)/with-dev ## ruff and mypy
 	$(python) -m ruff check .
 	$(python) -m mypy
 
 bench: $(VENV)/with-bench ## time each optimizer beside torch's and its peers'; writes bench/results
 	$(python) -m bench
+
+bench-gpu: ## the same on a GPU, with the peers that can be imported, and a sweep of the launch constants
+	$(GPU_PYTHON) -m bench --on gpu $(if $(COMMIT),--commit $(COMMIT))
 
 docs: $(VENV)/with-docs ## the site, to build/site
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet

@@ -1,14 +1,17 @@
-"""`python -m bench`: every row in a process of its own; writes JSON, a Markdown table and a plot."""
+"""`python -m bench [--on gpu]`: every row in a process of its own; writes JSON, a Markdown table and a plot."""
 
 import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +19,18 @@ import torch
 
 import gradkit
 
-from . import protocol, report
-from .rows import ROWS
-from .shapes import FULL, QUICK
+from . import devices, report
+from .shapes import RACED, Shape, quick
+from .suites import SUITES, Suite
 
 RESULTS = report.ROOT / "bench" / "results"
-LIMIT = 150  # seconds that one row may take; heavyball compiles anew for each shape
 CACHES = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+SWEEP = "sweep"  # of the GPU's launch constants; a part of its suite beside the rows
 
 
-def run_row(name: str, quick: bool) -> dict[str, Any]:
-    """The parts of a row, measured in a fresh process with empty caches; those done before it failed are kept."""
-    command = [sys.executable, "-m", "bench.worker", name, *(["--quick"] if quick else [])]
+def run(module: str, *arguments: str, limit: float) -> dict[str, Any]:
+    """What a module measures in a fresh process with empty caches; the parts done before it failed are kept."""
+    command = [sys.executable, "-m", module, *arguments]
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         env = {**os.environ, **{key: os.path.join(folder, key.lower()) for key in CACHES}}
         env["PYTHONPATH"] = os.pathsep.join(x for x in (str(report.ROOT), os.environ.get("PYTHONPATH")) if x)
@@ -35,11 +38,11 @@ def run_row(name: str, quick: bool) -> dict[str, Any]:
         why = ""
         with out.open("w") as o, err.open("w") as e:
             try:
-                code = subprocess.run(command, stdout=o, stderr=e, env=env, timeout=LIMIT, cwd=folder).returncode
+                code = subprocess.run(command, stdout=o, stderr=e, env=env, timeout=limit, cwd=folder).returncode
                 last = err.read_text(errors="replace").strip().splitlines()[-1:]
                 why = f"ended with {code}: {' '.join(last)}" if code else ""
             except subprocess.TimeoutExpired:
-                why = f"took longer than {LIMIT} s"
+                why = f"took longer than {limit:.0f} s"
         return {**collect(out.read_text(errors="replace")), **({"why": why} if why else {})}
 
 
@@ -56,46 +59,91 @@ def collect(output: str) -> dict[str, Any]:
     return parts
 
 
-def brief(name: str, parts: dict[str, Any], seconds: float) -> str:
+def raced(suite: Suite) -> list[Shape]:
+    keys = {shape.key for shape in suite.shapes}
+    return [m for m in RACED if m.key in keys]
+
+
+def brief(name: str, parts: dict[str, Any], suite: Suite, seconds: float) -> str:
     """A line of progress."""
-    ratios = [f"{parts.get(key, {}).get('ratio', float('nan')):6.2f}" for key in ("resnet50", "gpt2")]
+    ratios = [f"{parts.get(m.key, {}).get('ratio', float('nan')):6.2f}" for m in raced(suite)]
     return f"{name:<40} {' '.join(ratios)}  {report.reason(parts)[:100]} ({seconds:.0f} s)"
+
+
+def measure(suite: Suite, names: list[str], small: bool) -> dict[str, dict[str, Any]]:
+    """The parts of each row, and of the sweep; nothing is begun when the suite's time is over."""
+    flags, results, end = ["--quick"] if small else [], {}, time.monotonic() + suite.whole
+    for name in names:
+        start = time.monotonic()
+        limit = min(suite.limit, end - start)
+        if limit <= 0:
+            results[name] = {"why": f"not begun: the {suite.whole:.0f} s of this suite were over"}
+        elif name == SWEEP:
+            results[name] = run("bench.sweep", *flags, limit=limit)
+        else:
+            results[name] = run("bench.worker", name, "--on", suite.key, *flags, limit=limit)
+        print(brief(name, results[name], suite, time.monotonic() - start), flush=True)
+    return results
+
+
+def document(suite: Suite, results: dict[str, dict[str, Any]], small: bool, commit: str) -> dict[str, Any]:
+    """What is written."""
+    rows = {name: suite.rows[name] for name in results if name != SWEEP}
+    machine: Mapping[str, Any] = next((r.pop("machine") for r in results.values() if "machine" in r), {})
+    for parts in results.values():
+        parts.pop("machine", None)
+    threads = machine.get("threads", torch.get_num_threads())
+    on_cpu = {"cpu": machine.get("name", devices.processor()), "threads": threads}
+    return {
+        "date": date.today().isoformat(),
+        "title": suite.title,
+        "commit": commit,
+        "device": suite.key,
+        **(on_cpu if suite.key == "cpu" else {"machine": machine}),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gradkit": gradkit.__version__,
+        "protocol": ("Quick: tiny shapes, 3 rounds, no result. " if small else "") + suite.protocol,
+        "shapes": {s.key: [len(s.tensors), s.elements] for s in (quick(suite.shapes) if small else suite.shapes)},
+        "rows": [report.record(row, rows, results) for row in rows.values()],
+        **({SWEEP: results[SWEEP]} if SWEEP in results else {}),
+    }
+
+
+def write(data: dict[str, Any], out: Path) -> str:
+    """The files' paths, as a text."""
+    name = data.get("machine", {}).get("name", "")
+    file = out / "-".join(x for x in (data["device"], re.sub(r"\W+", "-", name.lower()), data["date"]) if x)
+    file.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    file.with_suffix(".md").write_text(report.markdown(data))
+    if find_spec("matplotlib") is None:
+        return f"{file}.json, .md; no plot, since matplotlib is not installed"
+    report.plot(data, file.with_suffix(".png"))
+    return f"{file}.json, .md, .png"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--on", choices=SUITES, default="cpu", help="where (cpu)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, 3 rounds: shows that it runs, no more")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help="only these rows")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help=f"only these rows; on the GPU also: {SWEEP}")
     parser.add_argument("--out", type=Path, help="folder for the results (bench/results)")
+    parser.add_argument("--commit", help="what is measured, where the checkout came without git")
     options = parser.parse_args()
-    if options.out is None and (options.quick or len(options.rows) < len(ROWS)):
+    suite = SUITES[options.on]
+    known = [*([SWEEP] if suite.key == "gpu" else []), *suite.rows]
+    names = options.rows or known
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no rows of this suite: {', '.join(unknown)}; there are: {', '.join(known)}")
+    if options.out is None and (options.quick or len(names) < len(known)):
         parser.error("--quick and --rows take --out: what they write is no whole result")
-    out, results, commit = options.out or RESULTS, {}, report.commit()
+    devices.find(suite.key, options.quick)
+    out, commit = options.out or RESULTS, options.commit or report.commit()
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{'ratio to fused AdamW':<40} ResNet  GPT-2", flush=True)
-    for name in options.rows:
-        start = time.perf_counter()
-        results[name] = run_row(name, options.quick)
-        print(brief(name, results[name], time.perf_counter() - start), flush=True)
-    data = {
-        "date": date.today().isoformat(),
-        "commit": commit,
-        "device": "cpu",
-        "cpu": protocol.cpu(),
-        "threads": next((r["threads"] for r in results.values() if "threads" in r), torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "gradkit": gradkit.__version__,
-        "protocol": ("Quick: tiny shapes, 3 rounds, no result. " if options.quick else "") + protocol.PROTOCOL,
-        "shapes": {s.key: [len(s.tensors), s.elements] for s in (QUICK if options.quick else FULL)},
-        "rows": [report.record(ROWS[name], {n: ROWS[n] for n in results}, results) for name in results],
-    }
-    file = out / f"cpu-{data['date']}"
-    file.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-    page = report.markdown(data)
-    file.with_suffix(".md").write_text(page)
-    report.plot(data, file.with_suffix(".png"))
-    print(f"\n{page}\nwrote {file}.json, .md, .png")
+    print(f"{'ratio to fused AdamW':<40} {', '.join(m.title for m in raced(suite))}", flush=True)
+    data = document(suite, measure(suite, names, options.quick), options.quick, commit)
+    wrote = write(data, out)
+    print(f"\n{report.markdown(data)}\nwrote {wrote}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,6 @@
 """How a step is timed: interleaved, medians, against torch's fused AdamW and a copy in the same rounds."""
 
-import ctypes
-import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -31,6 +26,18 @@ PROTOCOL = (
     "of one element; moved: every gradient is another tensor than a step before. MLP: beside torch's default AdamW, "
     "with clip_grad_norm_ where the row clips."
 )
+ON_GPU = (
+    f"One process for each row. Medians of at least {LEAST_ROUNDS} rounds after {1 + WARM_UP} warm-up steps; in each "
+    "round every contender takes one step: torch's fused float32 AdamW, a copy, the row; who is first rotates. A step "
+    "is timed by events on the device, queued behind 4 GiB of zeros: the caches are cold and the host is a millisecond "
+    "ahead, as it is behind a backward pass; an optimizer that keeps the host longer shows it. Gradients are random, "
+    f"set once. Bytes: the least that the algorithm must move for an element; fused AdamW moves {ADAMW_BYTES}. Copy "
+    f"bandwidth counts {COPY_BYTES} bytes an element. Extra memory: torch.cuda.max_memory_allocated over one warm "
+    "step, above what was allocated before. Start-up: first step on the first model, state and compilation included, "
+    "less a warm step, with empty caches in a fresh process. Compiled: kernels that Triton built at that step; again: "
+    "for the other models and another learning rate. Host work: what the call keeps the host busy for, 300 tensors of "
+    "one element, the device idle; moved: every gradient is another tensor than a step before."
+)
 
 
 def nothing() -> None:
@@ -45,7 +52,7 @@ class Contender(NamedTuple):
 
 
 def race(
-    contenders: Mapping[str, Contender], rounds: int, clock: Callable[[], float] = time.perf_counter
+    contenders: Mapping[str, Contender], rounds: int, seconds: Callable[[Callable[[], Any]], float]
 ) -> dict[str, list[float]]:
     """Seconds of each contender's step in each round; the first of one round is the last of the next."""
     names = list(contenders)
@@ -55,9 +62,7 @@ def race(
         for name in names[turn:] + names[:turn]:
             step, prepare = contenders[name]
             prepare()
-            start = clock()
-            step()
-            times[name].append(clock() - start)
+            times[name].append(seconds(step))
     return times
 
 
@@ -88,9 +93,9 @@ def figures(times: Mapping[str, Sequence[float]], row: str, elements: int, bytes
 class Model:
     """Parameters with gradients; those that an optimizer changes are put back before each step."""
 
-    def __init__(self, tensors: Tensors, dtype: torch.dtype = torch.float32):
-        generator = torch.Generator().manual_seed(0)
-        self.grads = [torch.randn(t, generator=generator).to(dtype) for t in tensors]
+    def __init__(self, tensors: Tensors, device: torch.device, dtype: torch.dtype = torch.float32):
+        generator = torch.Generator(device).manual_seed(0)
+        self.grads = [torch.randn(t, generator=generator, device=device).to(dtype) for t in tensors]
         self.params = [torch.nn.Parameter(g * 0.1) for g in self.grads]
         self.give()
 
@@ -130,35 +135,8 @@ class Model:
         return Contender(step, move)
 
 
-def copying(elements: int) -> Contender:
+def copying(elements: int, device: torch.device) -> Contender:
     """A float32 copy of as many elements as the model has."""
-    source, target = torch.ones(elements), torch.empty(elements)
+    source, target = torch.ones(elements, device=device), torch.empty(elements, device=device)
     return Contender(lambda: target.copy_(source))
 
-
-def status(field: str) -> int:
-    """Bytes, from /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
-
-
-def extra_memory(contender: Contender) -> float | None:
-    """Mebibytes by which a step's peak stands above what is resident before it; None where the system can't tell."""
-    contender.prepare()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # pages that an earlier step freed would hide what this one takes
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmHWM")
-    except (OSError, StopIteration):
-        return None
-    contender.step()
-    return (status("VmHWM") - before) / 2**20
-
-
-def cpu() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown'}, {os.cpu_count()} cores"

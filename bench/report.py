@@ -1,22 +1,22 @@
 """The results as JSON, a Markdown page and a plot."""
 
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from . import bars
 from .rows import Row
+from .shapes import RACED, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"gradkit": "#1f6fb4", "torch": "#444444"}
 PEER_COLOUR = "#d98a3d"
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 Record = Mapping[str, Any]
-COLUMNS = (
-    "| | bytes | ResNet-50: ms | ratio | per byte | of copy | GPT-2: ms | ratio | per byte | of copy | extra MiB "
-    "| start-up s | MLP us | host us | moved us | bars |"
-)
+OF_MODEL = ("ms", "ratio", "per byte", "of copy")
+HOST_COLUMNS = ("host us", "moved us")
 
 
 def commit() -> str:
@@ -26,7 +26,7 @@ def commit() -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", "gradkit", "bench/*.py")
+        changed = git("status", "--porcelain", "--", "gradkit", "triton_kernels", "bench/*.py")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -51,18 +51,34 @@ def reason(row: Record) -> str:
     return row.get("why") or (same.pop() if len(same) == 1 else "; ".join(whys))
 
 
-def line(row: Record) -> str:
+def models(data: Record) -> list[Shape]:
+    """Those that were timed."""
+    return [shape for shape in RACED if shape.key in data["shapes"]]
+
+
+def columns(data: Record) -> list[str]:
+    """The table's head; the first two are the row's name and its bytes."""
+    of_models = [f"{m.title}: {name}" if name == OF_MODEL[0] else name for m in models(data) for name in OF_MODEL]
+    mlp = ["MLP us"] if "mlp" in data["shapes"] else []
+    kernels = ["kernels"] if data["device"] == "gpu" else []
+    return ["", "bytes", *of_models, "extra MiB", "start-up s", *kernels, *mlp, *HOST_COLUMNS, "bars"]
+
+
+def line(row: Record, data: Record) -> str:
     """A row of the table."""
-    small, large, mlp, host = (row.get(key, {}) for key in ("resnet50", "gpt2", "mlp", "host"))
-    if "ms" not in small and "ms" not in large:
-        return f"| {row['name']} | {row['bytes']} | {reason(row)} " + "| " * 13 + "|"
+    parts = [row.get(m.key, {}) for m in models(data)]
+    head = columns(data)
+    if not any("ms" in part for part in parts):
+        return f"| {row['name']} | {row['bytes']} | {reason(row)} " + "| " * (len(head) - 3) + "|"
     cells = [row["name"], str(row["bytes"])]
-    for part in (small, large):
+    for part in parts:
         cells += [number(part.get(key), 2 if key != "ms" else 1) for key in ("ms", "ratio", "ratio_per_byte")]
         cells.append(number(100 * part["copy_share"], 0) + " %" if "copy_share" in part else "-")
-    extras = [part["extra_mib"] for part in (small, large) if part.get("extra_mib") is not None]
-    cells += [number(max(extras, default=None), 1), number(small.get("startup_s"), 2)]
-    cells += [number(mlp.get("us"), 0), number(host.get("us"), 0), number(host.get("moved_us"), 0)]
+    extras = [part["extra_mib"] for part in parts if part.get("extra_mib") is not None]
+    cells += [number(max(extras, default=None), 1), number(parts[0].get("startup_s"), 2)]
+    cells += [number(parts[0].get("compiled"), 0)] * ("kernels" in head)
+    cells += [number(row.get("mlp", {}).get("us"), 0)] * ("MLP us" in head)
+    cells += [number(row.get("host", {}).get(key), 0) for key in ("us", "moved_us")]
     missed = sum(bar["verdict"] == "MISS" for bar in row["bars"])
     cells.append(f"**{missed} MISS**" if missed else "ok" if row["bars"] else "")
     return f"| {' | '.join(cells)} |"
@@ -76,33 +92,62 @@ def misses(rows: list[dict[str, Any]]) -> Iterator[str]:
                 yield f"MISS {row['name']}: {bar['what']}: {shown}, bar {bar['limit']:.3g}"
 
 
+def machine(data: Record) -> str:
+    """What it ran on."""
+    if data["device"] == "cpu":
+        return f"{data['cpu']}, {data['threads']} threads; torch {data['torch']}, gradkit {data['gradkit']}"
+    known = ", ".join(f"{key} {x}" for key, x in data["machine"].items() if key != "name")
+    return f"{data['machine'].get('name', 'unknown')} ({known}); torch {data['torch']}, gradkit {data['gradkit']}"
+
+
+def table(head: Sequence[str], lines: Iterable[str]) -> str:
+    return "\n".join([f"| {' | '.join(head)} |".replace("|  |", "| |"), "|" + " --- |" * len(head), *lines])
+
+
 def markdown(data: Record) -> str:
     """The page: table, misses, reasons, protocol."""
     rows = data["rows"]
     total = sum(len(row["bars"]) for row in rows)
     missed = list(misses(rows))
-    machine = f"{data['cpu']}, {data['threads']} threads; torch {data['torch']}, gradkit {data['gradkit']}"
     peers = sorted({f"{r['package']} {r['version']}" for r in rows if r.get("version") and r["package"] != "torch"})
+    words = [f"{data['date']}, commit {data['commit']}; {machine(data)}, Python {data['python']}", ", ".join(peers)]
     head = [
-        "# Step times on the CPU",
-        f"{data['date']}, commit {data['commit']}; {machine}, Python {data['python']}; {', '.join(peers)}.",
+        f"# {data.get('title', 'Step times on the CPU')}",
+        "; ".join(w for w in words if w) + ".",
         "Ratio: to `torch.optim.AdamW(fused=True)` in the same rounds; per byte: divided by bytes / 28, so 1.00 is "
         "fused AdamW's speed at this row's bytes.",
+        table(columns(data), (line(row, data) for row in rows)),
     ]
-    table = "\n".join([COLUMNS, "|" + " --- |" * (COLUMNS.count("|") - 1), *map(line, rows)])
     mlp_torch = [row["mlp"]["torch_us"] for row in rows if "torch_us" in row.get("mlp", {})]
-    beside = f"MLP: torch's default AdamW took {min(mlp_torch):.0f} to {max(mlp_torch):.0f} us beside these rows."
+    if mlp_torch:
+        took = f"{min(mlp_torch):.0f} to {max(mlp_torch):.0f} us"
+        head.append(f"MLP: torch's default AdamW took {took} beside these rows.")
     verdict = [f"{total - len(missed)} of {total} bars are met.", "\n".join(f"- {m}" for m in missed)]
     clip = [
-        f"- {row['name']}: {ratio:.2f} of the time of {other}, {part}"
+        f"- {row['name']}: {ratio:.2f} of the time of {other}, {m.key}"
         for row in rows
-        for part in ("resnet50", "gpt2")
-        for other, ratio in row.get(part, {}).get("others", {}).items()
+        for m in models(data)
+        for other, ratio in row.get(m.key, {}).get("others", {}).items()
     ]
     gaps = [f"- {row['name']}: {reason(row)}" for row in rows if reason(row)]
-    pages = [*head, table, beside if mlp_torch else "", *verdict, "\n".join(clip), "\n".join(gaps)]
+    pages = [*head, *verdict, "\n".join(clip), "\n".join(gaps), swept(data.get("sweep", {}))]
     pages += [f"Protocol: {data['protocol']}"]
     return "\n\n".join(p for p in pages if p) + "\n"
+
+
+def swept(sweep: Record) -> str:
+    """The sweep of launch constants, fastest first for each kind; bold: what the library takes."""
+    if not sweep:
+        return ""
+    if "rows" not in sweep:
+        return f"Sweep: {sweep['why']}"
+    head = ("parameters", "chunk", "tile", "warps", "ms", "of copy")
+    lines = []
+    for row in sorted(sweep["rows"], key=lambda row: (row["dtype"], row.get("ms", float("inf")))):
+        cells = [row["dtype"], *(str(row[key]) for key in head[1:4])]
+        cells += [row["why"], ""] if "why" in row else [number(row["ms"], 3), number(100 * row["copy_share"], 1) + " %"]
+        lines.append("| " + " | ".join(f"**{x}**" if row["taken"] and x else x for x in cells) + " |")
+    return "\n\n".join([f"## AdamW by chunk, tile and warps, {sweep['model']}", table(head, lines)])
 
 
 def plot(data: Record, file: Path) -> None:
@@ -113,15 +158,17 @@ def plot(data: Record, file: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    rows = [row for row in data["rows"] if "ratio" in row.get("resnet50", {}) or "ratio" in row.get("gpt2", {})]
-    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.36 * len(rows)), constrained_layout=True)
+    shown = models(data)
+    rows = [row for row in data["rows"] if any("ratio" in row.get(m.key, {}) for m in shown)]
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.18 * len(shown) * len(rows)), constrained_layout=True)
+    height, shades = 0.72 / len(shown), [(k + 1.2) / (len(shown) + 0.2) for k in range(len(shown))]
     for y, row in enumerate(rows):
         colour = COLOURS.get(row["package"], PEER_COLOUR)
-        for part, shift, alpha in (("resnet50", -0.19, 0.55), ("gpt2", 0.19, 1.0)):
-            ratio = row.get(part, {}).get("ratio")
+        for k, (m, shade) in enumerate(zip(shown, shades, strict=True)):
+            ratio, at = row.get(m.key, {}).get("ratio"), y + (k - (len(shown) - 1) / 2) * (height + 0.02)
             if ratio is not None:
-                axes.barh(y + shift, ratio, 0.36, color=colour, alpha=alpha)
-                axes.text(ratio * 1.05, y + shift, f"{ratio:.2f}", va="center", fontsize=7, bbox=LABEL, zorder=4)
+                axes.barh(at, ratio, height, color=colour, alpha=shade)
+                axes.text(ratio * 1.05, at, f"{ratio:.2f}", va="center", fontsize=7, bbox=LABEL, zorder=4)
         limit = next((bar["limit"] for bar in row["bars"] if bar["what"].endswith("ratio to fused")), None)
         if limit is not None:
             axes.plot([limit, limit], [y - 0.42, y + 0.42], color="#c01f2e", linewidth=2, zorder=5)
@@ -132,14 +179,15 @@ def plot(data: Record, file: Path) -> None:
     low, high = axes.get_xlim()
     axes.set_xlim(min(0.5, low), 1.15 * high)  # room for the last label
     axes.set_xlabel("time of a step / time of torch.optim.AdamW(fused=True), log scale", fontsize=9)
-    axes.set_title(f"{data['cpu']}, {data['threads']} threads, {data['date']}", fontsize=9)
+    axes.set_title(fill(f"{machine(data)}, {data['date']}", 100), fontsize=9)
     ticks = [t for t in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=c, label=n) for n, c in (*COLOURS.items(), ("other packages", PEER_COLOUR))]
-    handles += [Patch(color="#888888", alpha=0.55, label="pale: ResNet-50, 25.6M")]
-    handles += [Patch(color="#888888", label="full: GPT-2, 124M"), Patch(color="#c01f2e", label="limit for the row")]
+    sizes = [f"{m.title}, {data['shapes'][m.key][1] / 1e6:,.0f}M" for m in shown]
+    handles += [Patch(color="#888888", alpha=shade, label=x) for shade, x in zip(shades, sizes, strict=True)]
+    handles += [Patch(color="#c01f2e", label="limit for the row")]
     figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -60,10 +60,10 @@ def own_scalars(smoothing, beta1, beta2, step):
     return {"w": 1 - smoothing, "w1": 1 - beta1, "w2": 1 - beta2, **corrections}
 
 
-def own_chain(params: list[torch.nn.Parameter]) -> Any:
+def own_chain(params: list[torch.nn.Parameter], **arguments: Any) -> Any:
     five = (clip_by_value(2.0), smooth, direction, soften, brake)
     made = chain(*five, derive=own_scalars, name="own", smoothing=0.9, beta1=0.9, beta2=0.999)
-    return import_module("gradkit").Optimizer(params, made, lr=LR, weight_decay=DECAY)
+    return import_module("gradkit").Optimizer(params, made, lr=LR, weight_decay=DECAY, **arguments)
 
 
 def of(module: str, path: str, **arguments: Any) -> Make:
@@ -94,17 +94,49 @@ BYTES = {"AdamW": 28, "Lion": 20, "DiffGrad": 36, "AdEMAMix": 36, "Grokfast": 36
 BF16_BYTES = {"AdamW": 22, "Lion": 14, "DiffGrad": 30, "AdEMAMix": 30, "Grokfast": 30}  # slots are float32
 
 
+CLIPPED, CLIPPED_BF16 = (f"torch AdamW fused{dtype}, clip_grad_norm_" for dtype in ("", " bf16"))
+
+
+def elementwise(limits: str, backend: str) -> list[Row]:
+    """What both suites measure of ours in float32."""
+    clip = of("gradkit", "AdamW", transforms=[clip_by_global_norm(1.0)], backend=backend)
+    own = partial(own_chain, backend=backend)
+    plain = [Row(f"gradkit {n}", "gradkit", n, b, of("gradkit", n, backend=backend)) for n, b in BYTES.items()]
+    clipped = Row("gradkit AdamW, global clip", "gradkit", "AdamW, clip", 32, clip, also=(CLIPPED,))
+    rows = [*plain, clipped, Row("gradkit, own chain of five links", "gradkit", "own", 36, own)]
+    return [row._replace(limits=limits) for row in rows]
+
+
+def in_bf16(backend: str) -> list[Row]:
+    return [
+        Row(f"gradkit {n} bf16", "gradkit", n, b, of("gradkit", n, backend=backend), torch.bfloat16)
+        for n, b in BF16_BYTES.items()
+    ]
+
+
 def ours() -> list[Row]:
-    clip = of("gradkit", "AdamW", transforms=[clip_by_global_norm(1.0)])
-    clipped = "torch AdamW fused, clip_grad_norm_"
     chunked, eager = (of("gradkit", "AdamW", backend=b) for b in ("chunked", "eager"))
     return [
-        *(Row(f"gradkit {n}", "gradkit", n, b, of("gradkit", n), limits="native") for n, b in BYTES.items()),
-        Row("gradkit AdamW, global clip", "gradkit", "AdamW, clip", 32, clip, limits="native", also=(clipped,)),
-        Row("gradkit, own chain of five links", "gradkit", "own", 36, own_chain, limits="native"),
-        *(Row(f"gradkit {n} bf16", "gradkit", n, b, of("gradkit", n), torch.bfloat16) for n, b in BF16_BYTES.items()),
+        *elementwise("native", "auto"),
+        *in_bf16("auto"),
         Row("gradkit AdamW chunked", "gradkit", "AdamW", 28, chunked, limits="chunked", also=("torch AdamW foreach",)),
         Row("gradkit AdamW eager", "gradkit", "AdamW", 28, eager),
+    ]
+
+
+def ours_on_gpu(backend: str) -> list[Row]:
+    """Every row names the backend: one that can't run is a row with the reason, and never another backend's time."""
+    clip = of("gradkit", "AdamW", transforms=[clip_by_global_norm(1.0)], backend=backend)
+    kahan, stochastic = (of("gradkit", "AdamW", backend=backend, rounding=r) for r in ("kahan", "stochastic"))
+    low, (low_adamw, *others) = torch.bfloat16, in_bf16(backend)
+    return [
+        *elementwise("triton", backend),
+        low_adamw._replace(limits="triton", also=("torch AdamW fused bf16",)),
+        *(row._replace(limits="triton") for row in others),
+        Row("gradkit AdamW bf16, global clip", "gradkit", "AdamW, clip", 24, clip, low, "triton", (CLIPPED_BF16,)),
+        Row("gradkit AdamW bf16, stochastic", "gradkit", "AdamW", 22, stochastic, low, "triton"),
+        Row("gradkit AdamW bf16, Kahan", "gradkit", "AdamW", 26, kahan, low, "triton"),
+        Row("gradkit AdamW chunked", "gradkit", "AdamW", 28, of("gradkit", "AdamW", backend="chunked")),
     ]
 
 
@@ -112,7 +144,7 @@ def torch_rows() -> list[Row]:
     default, foreach, fused = (of("torch.optim", "AdamW", **a) for a in ({}, {"foreach": True}, {"fused": True}))
     return [
         Row("torch AdamW fused", "torch", "AdamW", 28, fused),
-        Row("torch AdamW fused, clip_grad_norm_", "torch", "AdamW, clip", 40, partial(WithClip, fused=True)),
+        Row(CLIPPED, "torch", "AdamW, clip", 40, partial(WithClip, fused=True)),
         Row("torch AdamW foreach", "torch", "AdamW", 28, foreach),
         Row("torch AdamW default", "torch", "AdamW", 28, default),
         Row("torch AdamW fused bf16", "torch", "AdamW", 14, fused, torch.bfloat16),
@@ -136,4 +168,10 @@ def peers() -> list[Row]:
     return rows
 
 
+def torch_on_gpu() -> list[Row]:
+    low = partial(WithClip, fused=True)
+    return [*torch_rows(), Row(CLIPPED_BF16, "torch", "AdamW, clip", 20, low, torch.bfloat16)]
+
+
 ROWS = {row.name: row for row in (*ours(), *torch_rows(), *peers())}
+GPU_ROWS = {row.name: row for row in (*ours_on_gpu("triton"), *torch_on_gpu(), *peers())}

@@ -29,6 +29,8 @@ class Shape(NamedTuple):
 RESNET50_STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))
 # Radford et al. 2019, the smallest: the head is tied to the first tensor
 GPT2_LAYERS, GPT2_WIDTH, GPT2_WORDS, GPT2_POSITIONS = 12, 768, 50257, 1024
+# Llama 3.2 1B, as in its config.json: the head is tied to the first tensor
+LLAMA_LAYERS, LLAMA_WIDTH, LLAMA_WORDS, LLAMA_HIDDEN, LLAMA_KEYS = 16, 2048, 128256, 8192, 512
 
 
 def resnet50() -> Iterator[tuple[int, ...]]:
@@ -60,11 +62,29 @@ def gpt2() -> Iterator[tuple[int, ...]]:
     yield from ((w,), (w,))
 
 
+def llama() -> Iterator[tuple[int, ...]]:
+    """Embedding, layers, the last norm; a layer's eight key and value heads are shared by its 32 query heads."""
+    w, hidden, keys = LLAMA_WIDTH, LLAMA_HIDDEN, LLAMA_KEYS
+    yield (LLAMA_WORDS, w)
+    for _ in range(LLAMA_LAYERS):
+        yield from ((w, w), (keys, w), (keys, w), (w, w))
+        yield from ((hidden, w), (hidden, w), (w, hidden))
+        yield from ((w,), (w,))
+    yield (w,)
+
+
 RESNET50 = Shape("resnet50", "ResNet-50", tuple(resnet50()), 15)
 GPT2 = Shape("gpt2", "GPT-2", tuple(gpt2()), 9)
 MLP = Shape("mlp", "MLP", ((100, 89), (100,), (10, 100), (10,)), 300)
 HOST = Shape("host", "300 tensors of one element", ((1,),) * 300, 300)
 FULL = (RESNET50, GPT2, MLP, HOST)
+LLAMA = Shape("llama", "Llama 1B", tuple(llama()), 15)
+RACED = (RESNET50, GPT2, LLAMA)  # those that are timed beside fused AdamW and a copy
+ON_GPU = (RESNET50._replace(rounds=51), GPT2._replace(rounds=31), LLAMA, HOST)
 
 SMALL = ((40, 30), (30,), (7, 5, 3), (1,))
-QUICK = tuple(s._replace(tensors=SMALL if s.key != "host" else ((1,),) * 3, rounds=3) for s in FULL)
+
+
+def quick(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+    """The same parts on next to nothing."""
+    return tuple(s._replace(tensors=SMALL if s.key != "host" else ((1,),) * 3, rounds=3) for s in shapes)

@@ -28,7 +28,7 @@ def replay(
     seen = [[p.detach().clone()] for p in params]
     for t, row in enumerate(gradients):
         for p, g in zip(params, row, strict=True):
-            p.grad = None if g is None else torch.as_tensor(g).to(p.dtype, copy=True)
+            p.grad = None if g is None else torch.as_tensor(g).to(p.device, p.dtype, copy=True)
         if lrs is not None:
             for group in optimizer.param_groups:
                 group["lr"] = lrs[t]

@@ -13,35 +13,44 @@ import pytest
 import torch
 
 from bench import __main__ as main
-from bench import bars, protocol, report, worker
+from bench import bars, devices, protocol, report
 from bench.rows import BF16_BYTES, BYTES, ROWS, Row, of
-from bench.shapes import FULL, GPT2, MLP, QUICK, RESNET50
+from bench.shapes import FULL, GPT2, LLAMA, MLP, ON_GPU, RESNET50, quick
+from bench.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = [row for row in ROWS.values() if row.limits == "native"]
+CPU = devices.Cpu()
+HERE = CPU.device
 MISSING = Row("nobody", "no-such-package", "AdamW", 28, of("no_such_package_of_anybody", "AdamW"))
 
 
 def test_shapes_are_those_of_the_models():
     assert (len(RESNET50.tensors), RESNET50.elements) == (161, 25_557_032)
     assert (len(GPT2.tensors), GPT2.elements) == (148, 124_439_808)
+    assert (len(LLAMA.tensors), LLAMA.elements) == (146, 1_235_814_400)
     assert (len(MLP.tensors), MLP.elements) == (4, 10_010)
 
 
 def test_every_shape_has_at_least_nine_rounds():
-    assert all(shape.rounds >= protocol.LEAST_ROUNDS for shape in FULL)
+    assert all(shape.rounds >= protocol.LEAST_ROUNDS for shape in (*FULL, *ON_GPU))
 
 
 def test_race_interleaves_and_rotates():
     order, ticks = [], itertools.count()
+
+    def one_tick(step):
+        step()
+        return float(next(ticks))
+
     contenders = {
         name: protocol.Contender(lambda name=name: order.append(name), lambda name=name: order.append(f"before {name}"))
         for name in "abc"
     }
-    times = protocol.race(contenders, 3, clock=lambda: float(next(ticks)))
+    times = protocol.race(contenders, 3, one_tick)
     assert [name for name in order if len(name) == 1] == list("abcbcacab")
     assert order[:2] == ["before a", "a"]
-    assert times == {name: [1.0, 1.0, 1.0] for name in "abc"}
+    assert times == {"a": [0.0, 5.0, 7.0], "b": [1.0, 3.0, 8.0], "c": [2.0, 4.0, 6.0]}
 
 
 def test_preparing_is_not_timed():
@@ -50,8 +59,13 @@ def test_preparing_is_not_timed():
     def later(seconds):
         now[0] += seconds
 
+    def taken(step):
+        start = now[0]
+        step()
+        return now[0] - start
+
     contender = protocol.Contender(lambda: later(1.0), lambda: later(100.0))
-    assert protocol.race({"row": contender}, 2, clock=lambda: now[0]) == {"row": [1.0, 1.0]}
+    assert protocol.race({"row": contender}, 2, taken) == {"row": [1.0, 1.0]}
 
 
 def test_figures_are_medians_and_ratios():
@@ -74,7 +88,7 @@ def test_slow_rows_get_fewer_rounds_but_never_too_few(rounds, seconds, left):
 
 
 def test_gradients_that_a_step_changes_or_drops_are_put_back():
-    model = protocol.Model(((3,), (2, 2)))
+    model = protocol.Model(((3,), (2, 2)), HERE)
     before = [g.clone() for g in model.grads]
 
     def spoil():
@@ -87,14 +101,14 @@ def test_gradients_that_a_step_changes_or_drops_are_put_back():
 
 
 def test_gradients_that_a_step_leaves_alone_stay_the_same_tensors():
-    model = protocol.Model(((3,),))
+    model = protocol.Model(((3,),), HERE)
     contender = model.contender(lambda: None)
     assert contender.prepare is protocol.nothing
     assert model.params[0].grad is model.grads[0]
 
 
 def test_moved_gradients_are_other_tensors_of_the_same_values():
-    model = protocol.Model(((3,),))
+    model = protocol.Model(((3,),), HERE)
     contender = model.moving(lambda: None)
     seen = []
     for _ in range(3):
@@ -107,11 +121,11 @@ def test_moved_gradients_are_other_tensors_of_the_same_values():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc, which only Linux has")
 def test_extra_memory_sees_a_temporary_that_is_gone_after_the_step():
     size = 64 * 2**20
-    extra = protocol.extra_memory(protocol.Contender(lambda: torch.ones(size // 4).sum()))
+    extra = CPU.extra_memory(protocol.Contender(lambda: torch.ones(size // 4).sum()))
     if extra is None:
         pytest.skip("this kernel doesn't let a process clear its peak")
     assert 60 < extra < 80
-    assert protocol.extra_memory(protocol.Contender(lambda: None)) < 4
+    assert CPU.extra_memory(protocol.Contender(lambda: None)) < 4
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS.values() if r.package == "gradkit"], ids=lambda r: r.name)
@@ -165,18 +179,19 @@ def test_a_row_has_to_beat_the_fastest_peer_of_its_algorithm():
 
 
 def test_a_package_that_cannot_be_imported_is_a_row_with_the_reason():
-    parts = dict(worker.measure(MISSING, QUICK))
+    parts = dict(Worker(MISSING, {}, CPU).measure(quick(FULL)))
     row = report.record(MISSING, {}, {"nobody": parts})
     assert row["resnet50"]["why"].startswith("ModuleNotFoundError: No module named 'no_such_package_of_anybody'")
-    assert "No module named" in report.line(row)
-    assert report.line(row).count("|") == report.COLUMNS.count("|")
+    data = {"device": "cpu", "shapes": {shape.key: [] for shape in FULL}}
+    line = report.line(row, data)
+    assert "No module named" in line and line.count("|") == len(report.columns(data)) + 1
 
 
 def test_what_an_optimizer_raises_is_a_row_with_the_reason():
     def cannot(params):
         raise NotImplementedError("needs a GPU\nand more")
 
-    parts = dict(worker.measure(Row("no", "no", "AdamW", 28, cannot), QUICK))
+    parts = dict(Worker(Row("no", "no", "AdamW", 28, cannot), {}, CPU).measure(quick(FULL)))
     assert report.reason({"name": "no", **parts}) == "NotImplementedError: needs a GPU"
 
 

@@ -271,5 +271,5 @@ def test_the_newest_measurements_stand_on_the_page_and_misses_stand_out(tmp_path
 def test_a_committed_report_is_the_one_of_its_measurements():
     from bench import report
 
-    for file in (ROOT / "bench" / "results").glob("cpu-*.json"):
+    for file in (ROOT / "bench" / "results").glob("[cg]pu-*.json"):
         assert report.markdown(json.loads(file.read_text())) == file.with_suffix(".md").read_text(), file.name

@@ -23,6 +23,11 @@ TABLE = {
     ("backends", torch.bfloat16, "triton"): 2**-7,
     ("backends", torch.float16, "native"): 2**-10,
     ("backends", torch.float16, "chunked"): 2**-10,
+    ("backends", torch.float16, "triton"): 2**-10,
+    # what a parameter's own dtype costs in one step beside float64: half a unit, a whole one, half a unit of the rest
+    ("nearest", torch.bfloat16, ANY): 2**-8,
+    ("stochastic", torch.bfloat16, ANY): 2**-7,
+    ("kahan", torch.bfloat16, ANY): 2**-14,  # 2^-16, and as much again for float32's 2e-5
 }
 
 

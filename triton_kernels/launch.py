@@ -80,7 +80,7 @@ class Kernel:
     def __init__(self, owner: "Kernels", ps: "Pass", write: Callable[["Kind", "Pass"], source.Source]):
         self.owner, self.ps, made = owner, ps, write(owner.batch.kind, ps)
         self.run = kernel(made.text, **made.rules)
-        self.options = options(shape().reduce if ps.measure else shape().apply)
+        self.options = options(owner.cut.reduce if ps.measure else owner.cut.apply, owner.cut)
         blocks, self.counts = blocks_of(owner.batch.sizes, self.options["CHUNK"])
         self.blocks = torch.from_numpy(blocks).to(owner.batch.device)
 
@@ -117,8 +117,8 @@ class Joint:
 class Kernels:
     """The kernels of one batch, the table that lasts as long as the plan, and the step's own."""
 
-    def __init__(self, batch: "Batch"):
-        self.batch, self.layout = batch, source.Layout(batch.kind)
+    def __init__(self, batch: "Batch", cut: Shape | None = None):
+        self.batch, self.layout, self.cut = batch, source.Layout(batch.kind), cut or shape()
         columns = [[p.data_ptr() for p in batch.params]]
         columns += [[s.data_ptr() for s in slots] for slots in batch.slots.values()]  # Kahan's rest is the last
         columns += [batch.sizes]
