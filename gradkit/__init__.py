@@ -7,6 +7,7 @@
 | `DiffGrad` | Adam that slows down where the gradient stops changing | https://arxiv.org/abs/1909.11015 |
 | `AdEMAMix` | AdamW with a second, slow momentum | https://arxiv.org/abs/2409.03137 |
 | `Grokfast` | Adam behind a filter that amplifies slow gradients | https://arxiv.org/abs/2405.20233 |
+| `SPAM` | Adam that cuts spikes and forgets its momentum | https://arxiv.org/abs/2501.06842 |
 | `Optimizer` | your own chain of rules, measures and transforms | |
 """
 
@@ -18,6 +19,7 @@ from .optim.ademamix import AdEMAMix
 from .optim.diffgrad import DiffGrad
 from .optim.grokfast import Grokfast
 from .optim.lion import Lion
+from .optim.spam import SPAM
 from .optimizer import Optimizer
 from .transform import Slot, Stage, derive, measure, rule
 
@@ -32,6 +34,7 @@ __all__ = [
     "Lion",
     "Optimizer",
     "RuleError",
+    "SPAM",
     "Slot",
     "Stage",
     "chain",

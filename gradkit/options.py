@@ -62,6 +62,7 @@ NOT_NEGATIVE = Range("a number >= 0", 0)
 POSITIVE = Range("a number > 0", 0, above=True)
 LIMIT = Range("a number > 0", 0, above=True, endless=True)  # infinity turns it off
 FRACTION = Range("a number in [0, 1)", 0, 1)
+COUNT = Range("a whole number >= 0", 0, whole=True)
 STEPS = Range("a whole number >= 1", 1, whole=True)
 SEED = Range("a whole number in [0, 2**32)", 0, 2**32, whole=True)
 RANGES = {"lr": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "eps": POSITIVE, "betas": FRACTION, "seed": SEED}

@@ -23,6 +23,7 @@ from tests.reference import (
     grokfast_ma,
     lion,
     sgd,
+    spam,
 )
 from tests.reference.trajectory import Run
 
@@ -80,6 +81,10 @@ def filtered(function: Callable[..., Any]) -> Callable[..., Links]:
 
 def filtered_adam(betas: Any = (0.9, 0.98), eps: float = 1e-8, **own: Any) -> Links:
     return {"direction": partial(adamw.direction, betas=betas, eps=eps), "filters": grokfast.links(**own)}
+
+
+def spikes(official_quirks: bool = False, **arguments: Any) -> Links:
+    return {"direction": partial(spam.direction, zero_variance=official_quirks, **arguments)}
 
 
 def masked_adam(**arguments: Any) -> Links:
@@ -145,6 +150,32 @@ CASES = (
         {**MIX, "betas": (0.0, 0.95, 0.99)},
         golden={"ademamix__beta1_zero": {}},
         limits=("test_ademamix_without_beta1_has_no_fast_momentum",),
+    ),
+    *(
+        Case(
+            f"spam{name}",
+            gradkit.SPAM,
+            spikes,
+            {**ADAM, "threshold": 2.0, "reset_every": 3, "warmup_after_reset": 2, "clip_free_steps": 1, **more},
+            golden=golden,
+            limits=(
+                "test_spam_without_cuts_and_resets_is_adam",
+                "test_spam_with_its_bias_correction_reset_starts_anew",
+            ),
+        )
+        for name, more, golden in (
+            ("", {}, {}),
+            ("_anew", {"reset_bias_correction": True}, {}),
+            ("_without_bias_correction", {"correct_bias": False}, {}),
+            (
+                "_official",
+                {"official_quirks": True},
+                {
+                    "spam__plain_reset_clip": {"official_quirks": True},
+                    "spam__defaults_thr5000": {"official_quirks": True},
+                },
+            ),
+        )
     ),
     Case(
         "grokfast_adam",

@@ -15,7 +15,11 @@ from tests.runs import ran_on, replay
 from tests.tolerance import assert_follows, tolerance
 
 FOLDER = Path(__file__).parent / "golden"
-OURS = {"window_size": "window", "filter_type": "mode"}  # the authors' names that differ
+OURS = {
+    **{"window_size": "window", "filter_type": "mode"},  # the authors' names that differ
+    **{"DeltaT": "reset_every", "warmup_steps": "warmup_after_reset", "grad_accu_steps": "clip_free_steps"},
+}
+LEFT_OUT = ("density", "density_param_idx")  # None in these files
 RUNS = [(case.name, file) for case in CASES for file in case.golden if not file.startswith("tx_")]
 CLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_clip")]
 
@@ -28,6 +32,7 @@ class Golden:
         self.meta = json.loads(str(self.arrays["meta"].reshape(-1)[0]))
         given = self.meta["hyperparameters"]
         given = {**given.get("optimizer_kwargs", {}), **given.get("filter", given)}
+        given = {k: v for k, v in given.items() if k not in LEFT_OUT}
         self.arguments = {OURS.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         self.count = sum(k.startswith("init_") for k in self.arrays)
 

@@ -256,3 +256,49 @@ def test_cautious_decay_shrinks_only_what_the_update_shrinks_too(backend):
         agrees = torch.tensor(g).sign() * x[0].sign() > 0
         assert agrees.any() and not agrees.all()
         assert torch.equal(x[1], torch.where(agrees, b[1], a[1]))
+
+
+@each_backend
+def test_spam_without_cuts_and_resets_is_adam(backend):
+    """eps stands beside another root: a tiny one makes them one."""
+    plain = {"eps": 1e-30, "weight_decay": 0.1, "backend": backend}
+    ours = trajectory(gradkit.SPAM, threshold=None, reset_every=None, **plain)
+    for a, b in zip(ours, trajectory(gradkit.AdamW, **plain), strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=CLOSE, atol=CLOSE)
+
+
+@each_backend
+def test_spam_with_its_bias_correction_reset_starts_anew(backend):
+    """From a reset on, it goes as an optimizer that was just made."""
+    options = {"threshold": None, "warmup_after_reset": 0, "reset_bias_correction": True, "backend": backend}
+    gradients = draw()
+    params, fresh = ([torch.tensor(x, requires_grad=True) for x in start()] for _ in range(2))
+    resetting = gradkit.SPAM(params, lr=LR, reset_every=4, **options)
+    replay(resetting, params, gradients[:3])
+    with torch.no_grad():
+        for p, q in zip(fresh, params, strict=True):
+            p.copy_(q)
+    replay(resetting, params, gradients[3:6])
+    replay(gradkit.SPAM(fresh, lr=LR, reset_every=None, **options), fresh, gradients[3:6])
+    assert all(map(torch.equal, params, fresh))
+
+
+def test_spam_may_decay_what_it_has_updated():
+    ends = []
+    for quirks in (False, True):
+        p = torch.ones(1, dtype=torch.float64, requires_grad=True)
+        replay(gradkit.SPAM([p], lr=0.1, eps=1e-30, weight_decay=1.0, official_quirks=quirks), [p], [[np.ones(1)]])
+        ends.append(p.item())
+    assert ends == pytest.approx([0.9 * 1.0 - 0.1, 0.9 * (1.0 - 0.1)], rel=1e-12)
+
+
+@each_backend
+def test_spam_frees_a_weight_whose_gradients_were_zero(backend):
+    ends = []
+    for freezes in (False, True):
+        p = torch.zeros(2, requires_grad=True)
+        optimizer = gradkit.SPAM([p], clip_free_steps=1, clip_zero_variance=freezes, backend=backend)
+        replay(optimizer, [p], [[np.array([0.0, 1.0])], [np.array([1.0, 1.0])]])
+        ends.append(bool(p[0] != 0))
+    assert ends == [True, False]

@@ -37,6 +37,7 @@ ADAM = slots("exp_avg", "exp_avg_sq")
 DECAYED = {"weight_decay": 0.1}
 WARM = {"alpha_warmup": 4, "beta3_warmup": 6, "weight_decay": 0.1}
 WINDOW = {"filter": "ma", "window": 3, "weight_decay": 0.1}
+SPIKES = {"reset_every": 3, "warmup_after_reset": 2, "clip_free_steps": 1, "threshold": 3.0, "weight_decay": 0.1}
 FILTERED = slots("step", "filter_step")
 BOUNDED = (tx.clip_by_global_norm(1.0), tx.cautious())
 ROWS = (
@@ -47,6 +48,7 @@ ROWS = (
     Row("ademamix", gradkit.AdEMAMix, ADAM | {"exp_avg_slow"}, WARM),
     Row("grokfast_ema", gradkit.Grokfast, ADAM | {"grad_ema"}, DECAYED, FILTERED),
     Row("grokfast_ma", gradkit.Grokfast, ADAM | {"grad_ring", "grad_head", "grad_tail"}, WINDOW, FILTERED),
+    Row("spam", gradkit.SPAM, ADAM, SPIKES),
     Row("bounded", gradkit.AdamW, ADAM, {"transforms": BOUNDED}, exact=False, coupled=True),
 )
 

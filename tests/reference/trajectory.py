@@ -12,12 +12,15 @@ class Run:
         self.params = [np.asarray(x, dtype) for x in start]
         self.direction, self.filters, self.masks = direction, filters, masks
         self.dtype, self.decay = dtype, {"weight_decay": 0.0, "mode": "none", **decay}
-        self.sign = -1.0 if maximize else 1.0
+        self.sign, self.clock = -1.0 if maximize else 1.0, 0
         self.states = [[{} for _ in start] for _ in range(len(filters) + 1)]
 
     def step(self, gradients, lr, lr_ref):
         """Move the parameters that have a gradient; None leaves one alone, its counts too."""
         live = [i for i, g in enumerate(gradients) if g is not None]
+        self.clock += bool(live)
+        for state in self.states[0]:
+            state["clock"] = self.clock
         grads = [self.sign * np.asarray(gradients[i], self.dtype) for i in live]
         flow = grads
         with np.errstate(all="ignore"):
