@@ -29,7 +29,7 @@ def describe(optimizer: "Optimizer") -> str:
         lines.append(f"{len(batch.owners)} tensors, {numel} elements{here}: {dtypes} on {batch.device}")
         lines.append("  chain: " + " -> ".join(x.label for x in batch.program.pieces))
         lines += [f"  pass {k}: {one_pass(batch, ps)}" for k, ps in enumerate(passes, 1)]
-        count: int | str = len(passes)
+        count: int | str = len(passes) if numel else 0
         if issubclass(backend, Eager):
             count = f"{len(batch.owners)} x {count} {backend.name}"
         lines.append(f"  launches: {count}; {sum(moved(batch, ps) for ps in passes)} bytes an element")

@@ -49,6 +49,7 @@ class Code:
         self.statements: list[str] = []
         self.returns: list[str] = []
         self.symbol = ""
+        self.tree: ast.AST = ast.Module([], [])  # of the function, where its source can be read
         self.no_source = ""  # why there is no C, for rules typed into a prompt
         if fn.__closure__:
             self.refuse(None, f"a closure over {', '.join(fn.__code__.co_freevars)}", "pass each as a scalar argument")
@@ -63,6 +64,7 @@ class Code:
         a = node.args
         if a.vararg or a.kwarg or a.kwonlyargs or a.posonlyargs or a.defaults:
             self.refuse(node, "a parameter list with *, / or defaults", "use plain parameters; defaults go into derive")
+        self.tree = node
         self.body(node, node.body[1:] if ast.get_docstring(node) is not None else node.body)
         text = " ".join((*self.params, *self.statements, *self.returns))
         self.symbol = f"fn_{self.name}_{crc32(text.encode()):08x}"  # two helpers of one name may differ

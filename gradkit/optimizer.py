@@ -131,6 +131,8 @@ class Optimizer(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         if all(g is None for g in grads):
             return loss
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{type(self).__name__}: a CUDA graph would repeat this step's numbers; step outside it")
         structure = [[shape_of(v) for k, v in g.items() if k not in BOOKKEEPING] for g in self.param_groups]
         structure += [[self.backend, self.transforms]]  # compared as objects
         plan = self._plan

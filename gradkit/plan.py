@@ -162,18 +162,17 @@ class Batch:
         if self.sharded:
             mine = [sharding.local_grad(g, p) for g, p in zip(mine, self.owners, strict=True)]
         try:
-            plain = all(map(Tensor.is_contiguous, chain(params, mine)))
+            plain = all(map(Tensor.is_contiguous, chain(params, mine))) and not any(map(Tensor.is_neg, mine))
+            sizes = list(map(Tensor.numel, chain(params, mine)))
             pointers = list(map(Tensor.data_ptr, mine))
         except RuntimeError:  # a sparse gradient has neither
             return False
         if not (plain and self.contiguous) and [p.stride() for p in params] != self.strides:
             return False
-        if {g.dtype for g in mine} != {self.gdtype}:  # an address doesn't tell: it may have been given out again
+        # an address doesn't tell: it may have been given out again
+        if {g.dtype for g in mine} != {self.gdtype} or sizes != self.sizes * 2:
             return False
-        moved = pointers != self.gradients
-        if moved and [g.numel() for g in mine] != self.sizes:
-            return False
-        if not plain or (moved and any(map(Tensor.is_neg, mine))):
+        if not plain:
             for t, (g, p) in enumerate(zip(mine, self.params, strict=True)):
                 if g.stride() != p.stride() or g.is_neg():
                     mine[t] = torch.empty_like(p, dtype=g.dtype).copy_(g)

@@ -130,7 +130,7 @@ class Measure(Link):
         if not self.code.no_source and len(self.code.returns) != len(self.reduce):
             raise RuleError(f"{self.name} returns {len(self.code.returns)} values; reduce names {list(self.reduce)}")
         known = list(self.reduce)
-        end = Code(finish, lambda name: False, scalar_math=True)
+        end = self.end = Code(finish, lambda name: False, scalar_math=True)
         self.scalars = tuple(end.params[len(known) :])
         if end.params[: len(known)] != known or (not end.no_source and len(end.returns) != len(self.gives)):
             raise RuleError(f"{self.name}: finish takes {known}, then scalars, and returns {list(self.gives)}")

@@ -204,3 +204,37 @@ def test_a_rule_in_a_class_pickles_and_one_that_is_hidden_does_not():
     hidden = gradkit.rule(passes)  # the module's name is the plain function's
     with pytest.raises(pickle.PicklingError, match="passes"):
         pickle.dumps(hidden)
+
+
+def test_a_step_is_not_captured_in_a_graph(monkeypatch):
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = gradkit.AdamW([p])
+    for name in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    with pytest.raises(RuntimeError, match="AdamW: a CUDA graph would repeat this step's numbers"):
+        optimizer.step()
+    assert not optimizer.state and optimizer.param_groups[0]["clock"] == 0 and p.tolist() == [1.0, 1.0]
+
+
+@each_backend
+def test_a_parameter_that_became_a_part_of_its_memory_leaves_the_rest_alone(backend):
+    memory, gradient = torch.zeros(8), torch.ones(8)
+    p = torch.nn.Parameter(memory)
+    optimizer = gradkit.Optimizer([p], gradkit.transforms.clip_by_value(9.0), lr=1.0, backend=backend)
+    p.grad = gradient
+    optimizer.step()
+    p.grad, p.data = None, memory[:4]
+    p.grad = gradient[:4]
+    optimizer.step()
+    assert memory.tolist() == [-2.0] * 4 + [-1.0] * 4
+
+
+@each_backend
+def test_a_gradient_is_asked_for_its_sign_in_each_step(backend):
+    p, gradient = torch.nn.Parameter(torch.zeros(3)), torch.ones(3)
+    optimizer = gradkit.Optimizer([p], gradkit.transforms.clip_by_value(9.0), lr=1.0, backend=backend)
+    for g in (gradient, torch._neg_view(gradient)):  # one address
+        p.grad = g
+        optimizer.step()
+    assert p.tolist() == [0.0] * 3

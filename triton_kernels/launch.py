@@ -51,9 +51,24 @@ def options(tiles: int, cut: Shape | None = None) -> dict[str, Any]:
     return {"TILE": cut.tile, "CHUNK": cut.tile * tiles, "num_warps": cut.warps, "enable_fp_fusion": False}
 
 
+def on(device: torch.device) -> Any:
+    """Where a launch goes: the interpreter's device is none that could be chosen."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def prepare(kind: "Kind", ps: "Pass", write: Callable[["Kind", "Pass"], source.Source]) -> None:
+    """Compile a kernel, launcher and all, before a step counts on it; whatever is missing here raises here."""
+    made, options_ = write(kind, ps), options(shape().reduce if ps.measure else shape().apply)
+    run = kernel(made.text, **made.rules)
+    if not INTERPRETED.value:
+        with on(kind.device):
+            arguments = [source.ARGUMENTS[name] for name in run.arg_names if name in source.ARGUMENTS]
+            run.warmup(*arguments, grid=(1,), **options_).run  # noqa: B018  # the property loads it
+
+
 def launch(run: Any, blocks: int, device: torch.device, *arguments: Any, **given: Any) -> None:
     """Start a kernel: every launch goes through here."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on(device):
         run[(blocks,)](*arguments, **given)
 
 
@@ -109,9 +124,13 @@ class Joint:
 
     def run(self) -> None:
         base = 0
-        for one in self.kernels:
-            one.start(self.table, self.partials, self.counters, base, self.outputs)
-            base += len(one.blocks)
+        try:
+            for one in self.kernels:
+                one.start(self.table, self.partials, self.counters, base, self.outputs)
+                base += len(one.blocks)
+        except BaseException:
+            self.counters.zero_()  # blocks that ran have counted themselves
+            raise
 
 
 class Kernels:

@@ -35,7 +35,7 @@ def tile({inputs}, at, left, FULL: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=[{arguments}])
-def run({signature}, CHUNK: tl.constexpr, TILE: tl.constexpr):
+def {name}({signature}, CHUNK: tl.constexpr, TILE: tl.constexpr):
     block = tl.program_id(0)
     t = tl.load(blocks + 2 * block)
     start = tl.load(blocks + 2 * block + 1).to(tl.int64) * CHUNK
@@ -52,6 +52,11 @@ def run({signature}, CHUNK: tl.constexpr, TILE: tl.constexpr):
 
 APPLY = ("step", "fixed", "blocks", "measured", "T")
 REDUCE = (*APPLY, "joint", "partials", "counters", "base", "O")
+ARGUMENTS: dict[str, Any] = {  # tensors of these dtypes, and numbers
+    **dict.fromkeys(("step", "fixed", "joint"), torch.int64),
+    **dict.fromkeys(("blocks", "counters"), torch.int32),
+    **{"measured": torch.float32, "partials": torch.float64, "T": 2, "base": 2, "O": 2},
+}
 FOLD = 4  # tiles of partial results that the last block reads at once
 
 
@@ -158,12 +163,14 @@ class Writer:
         """The whole module; parts: the lines of each place in TEXT."""
         lines = {name: ("\n" + " " * 4 * (1 + (name == "loop"))).join(x) for name, x in parts.items()}
         chain = " -> ".join(x.label for x in self.kind.program.pieces[: self.ps.end + 1])
+        name = "_".join(["gradkit", *(x.label for x in self.kind.program.pieces[: self.ps.end + 1])])[:100]
         text = TEXT.format(
             title=f"{chain}; parameters {TYPES[self.kind.dtype]}, gradients {TYPES[self.kind.gdtype]}",
             inputs=", ".join(self.inputs),
             rules=", ".join(self.rules) or "none",
             arguments=", ".join(map(repr, arguments)),
             signature=", ".join(arguments),
+            name=name,
             loop_full=lines["loop"].replace("FULL", "True"),
             loop_rest=lines["loop"].replace("FULL", "False"),
             **lines,
@@ -209,7 +216,7 @@ def write(kind: "Kind") -> list[str]:
 def measure(kind: "Kind", ps: "Pass") -> Source:
     """The measure of a pass; the last block of what it is over runs its `finish` and gives the results."""
     w, link = Writer(kind, ps), ps.measure.link
-    finish = w.function(f"finish_{link.finish.__name__}", link.finish)
+    finish = w.function(f"finish_{link.finish.__name__}", link.end)
     if link.scope == "all":
         cells = [f"number(step + {w.layout.cells[ps.end] + i})" for i in range(len(link.scalars))]
     else:

@@ -17,26 +17,30 @@ def missing() -> str:
     """Why Triton can't be imported; empty if it can."""
     try:
         from .. import triton_kernels  # noqa: F401  # here, for importing gradkit must not import triton
-    except ImportError as e:
+    except Exception as e:  # also what a broken installation raises
         return f"triton can't be imported: {e}"
     return ""
 
 
 def why_not(batch: "Batch") -> str:
-    """Why Triton can't run this batch; empty if it can."""
+    """Why Triton can't run this batch; empty if it can, and then its kernels are compiled."""
     if batch.device.type not in ("cuda", "cpu"):
         return f"Triton runs on CUDA and ROCm devices, these parameters are on {batch.device}"
     if reason := missing():
         return reason
-    from ..triton_kernels import memory, source
+    from ..triton_kernels import launch, memory, source
 
-    if batch.device.type == "cpu" and not memory.INTERPRETED.value:
-        return f"Triton needs a GPU, these parameters are on {batch.device}"
+    if memory.INTERPRETED.value != (batch.device.type == "cpu"):
+        needed = "the CPU, for TRITON_INTERPRET is set" if memory.INTERPRETED.value else "a GPU"
+        return f"Triton needs {needed}, these parameters are on {batch.device}"
     try:
         for ps in batch.program.passes:
-            (source.measure if ps.measure else source.apply)(batch.kind, ps)
+            write = source.apply if not ps.measure else source.totals if batch.sharded else source.measure
+            launch.prepare(batch.kind, ps, write)
     except RuleError as e:
         return str(e)
+    except Exception as e:  # the compiler's, the driver's, a C compiler that Triton misses
+        return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"
     return ""
 
 
@@ -62,10 +66,10 @@ class Triton:
 
 
 def measured(parts: "Sequence[tuple[Batch, Pass]]") -> bool:
-    """Reduce a measure and give its results, by one launch a batch, if all are run here and on one device."""
-    device = parts[0][0].device
-    own = [(b.backend.kernels, ps) for b, ps in parts if isinstance(b.backend, Triton) and b.device == device]
-    if len(own) < len(parts):
+    """Reduce a measure and give its results, by one launch a batch, if all run here, and on one device if all count."""
+    own = [(b.backend.kernels, ps) for b, ps in parts if isinstance(b.backend, Triton)]
+    devices = {b.device for b, _ in parts}
+    if len(own) < len(parts) or (len(devices) > 1 and parts[0][1].measure.link.scope == "all"):
         return False
     from ..triton_kernels import launch
 

@@ -50,6 +50,7 @@ class Row(NamedTuple):
     conversions: int  # between layouts: a trip through shared memory
     wide: int  # accesses of 4 elements at once
     accesses: int
+    approximate: int  # or flushing, or contracted instructions
 
 
 def optimizer_of(name: str) -> gradkit.Optimizer:
@@ -71,13 +72,20 @@ def row(build: Build) -> Row:
     fast = re.search(r"scf\.(?:while|for)\b.*?scf\.yield", built.asm["ttgir"], re.S)  # the first loop
     assert fast, "no loop over full tiles"
     loads, stores = (re.findall(rf"^.*\b(?:tt\.|buffer_){what}\b.*", fast[0], re.M) for what in ("load", "store"))
-    masked = [x for x in (*loads, *stores) if re.search(r"tt\.(?:load \S+|store \S+, \S+), %", x)]
+    masked = [x for x in (*loads, *stores) if re.search(r"(?:load [^,:]+|store [^,:]+, [^,:]+), %", x)]
     assert not masked, masked
     sizes = [BYTES[x] for line in (*loads, *stores) for x in re.findall(r"tensor<\d+x(?:!tt\.ptr<)?(b?f\d+)", line)]
     registers, spilled = (nvidia if build.target.backend == "cuda" else amd)(built)
     read, written = sum(sizes[: len(loads)]), sum(sizes[len(loads) :])
     return Row(
-        registers, spilled, read, written, fast[0].count("convert_layout"), wide(built.asm, set(sizes)), len(sizes)
+        registers,
+        spilled,
+        read,
+        written,
+        fast[0].count("convert_layout"),
+        wide(built.asm, set(sizes)),
+        len(sizes),
+        len(re.findall(r"\S*(?:approx|\.full|\.ftz|\bfma)\S*", built.asm.get("ptx", ""))),
     )
 
 

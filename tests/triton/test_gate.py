@@ -29,6 +29,7 @@ def test_a_kernel_is_as_good_as_its_chain_allows(name, arch):
         assert found.read + found.written == moved(batch, ps)
         assert not found.spilled and not found.conversions
         assert found.wide == found.accesses
+        assert not found.approximate
         assert found.registers <= 128, "fewer than 16 warps would fit on a multiprocessor"
 
 

@@ -16,6 +16,7 @@ from triton_cases import ROUNDED, finish_kernel, philox_kernel, rounding_kernel,
 import gradkit
 from gradkit import chain, measure, random, rule
 from gradkit import transforms as tx
+from gradkit.language import Code
 from gradkit.ops import absolute, exp, log, minimum, sigmoid, sqrt, tanh, where
 from gradkit.transforms import clip
 from gradkit.triton_kernels import as_jit, launch
@@ -165,7 +166,7 @@ TOTALS = torch.cat([torch.logspace(-300, 300, 601, dtype=torch.float64), torch.t
 def test_what_finishes_runs_in_float64(finish):
     """Also its literals: as float32, 1e-6 would be off in the eighth digit."""
     got, limit = torch.zeros_like(TOTALS), torch.tensor([0.1], dtype=torch.float64)
-    finish_kernel[(len(TOTALS),)](TOTALS, limit, got, FINISH=as_jit(finish))
+    finish_kernel[(len(TOTALS),)](TOTALS, limit, got, FINISH=as_jit(Code(finish, lambda name: False, scalar_math=True)))
     assert_equal(got, finish(TOTALS, limit))
 
 
@@ -173,7 +174,7 @@ def test_what_finishes_runs_in_float64(finish):
 def test_functions_of_what_is_finished_are_within_a_float32(name):
     x = torch.cat([torch.linspace(-80, 80, 161, dtype=torch.float64), TOTALS])
     got = torch.zeros_like(x)
-    finish_kernel[(len(x),)](x, x, got, FINISH=as_jit(ROUNDED[name].fn))
+    finish_kernel[(len(x),)](x, x, got, FINISH=as_jit(ROUNDED[name]))
     torch.testing.assert_close(got, getattr(torch, name)(x), rtol=2e-7, atol=0, equal_nan=True)
 
 
@@ -200,3 +201,43 @@ def test_rounding_has_torchs_bits(dtype):
     back = torch.zeros_like(x)
     widening_kernel[(triton.cdiv(len(x), 4096),)](drawn, back, len(x), TILE=4096)
     assert same_bits(back, drawn.float())
+
+
+def test_a_measure_that_was_interrupted_leaves_nothing_behind(monkeypatch):
+    """A batch has counted its blocks when the next one's launch fails: the next step starts at zero again."""
+    params = [torch.zeros(3 * CHUNK, dtype=d, requires_grad=True) for d in (torch.float32, torch.bfloat16)]
+    optimizer = gradkit.Optimizer(params, chain(tx.clip_by_global_norm(1.0)), lr=1.0, backend="triton")
+    started, launched = [], launch.launch
+
+    def second_fails(*given: Any, **options: Any) -> None:
+        started.append(given)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        launched(*given, **options)
+
+    def step() -> float:
+        for p in params:
+            p.grad = torch.ones_like(p)
+            p.data.zero_()
+        optimizer.step()
+        return -params[0][0].item()
+
+    wanted = step()
+    monkeypatch.setattr(launch, "launch", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    assert len(started) == 2
+    monkeypatch.undo()
+    assert [step(), step()] == [wanted, wanted] and wanted == pytest.approx(1 / math.sqrt(6 * CHUNK))
+
+
+def test_other_backends_in_a_measure_get_totals():
+    """float64 parameters run on eager: one norm over both, finished by torch."""
+    params = [torch.zeros(5000, dtype=d, requires_grad=True) for d in (torch.float32, torch.float64)]
+    for p in params:
+        p.grad = torch.full_like(p, 2.0)
+    optimizer = gradkit.Optimizer(params, chain(tx.clip_by_global_norm(1.0)), lr=1.0, backend="triton")
+    optimizer.step()
+    assert {b.backend.name for b in optimizer._plan.batches} == {"triton", "eager"}
+    for p in params:
+        torch.testing.assert_close(-p.detach(), torch.full_like(p, 1 / math.sqrt(10_000)), **CLOSE)

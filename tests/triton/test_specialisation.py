@@ -182,3 +182,67 @@ def test_what_finishes_is_rounded_as_ieee_says():
     ptx = measure.compile().asm["ptx"]
     assert "div.rn.f64" in ptx and "sqrt.rn.f64" in ptx and "atom.global.gpu.acq_rel" in ptx
     assert not re.findall(r"\S*(?:approx|\.full|\.ftz|fma|ld\.global\.nc)\S*", ptx)
+
+
+def test_partial_results_are_stored_counted_and_read_in_this_order():
+    """All threads' stores, a barrier, one count for all to see; what is read then does not come from the L1 cache."""
+    measure, _ = builds(gradkit.AdamW(parameters(3), transforms=[tx.clip_by_global_norm(1.0)]), "sm_90")
+    ptx = measure.compile().asm["ptx"]
+    stored, counted = ptx.index("st.global.b64"), ptx.index("atom.global.gpu.acq_rel")
+    assert "bar.sync" in ptx[stored:counted]
+    after = re.findall(r"ld\.global\S*\.b64", ptx[counted:])
+    assert "ld.global.cg.b64" in after
+
+
+TWINS = """from gradkit import fn, rule
+@rule
+def twin(u): return u * 2.5
+first = twin
+@rule
+def twin(u): return u * 3.25
+"""
+
+
+@pytest.mark.parametrize("order", [("first", "twin"), ("twin", "first")])
+def test_two_rules_of_one_name_stay_two(order, tmp_path):
+    made = module(tmp_path / "twins", TWINS)
+    (built,) = kernels(chain(*(getattr(made, name) for name in order)))
+    ttir = built.compile().asm["ttir"]
+    assert "2.500000e+00" in ttir and "3.250000e+00" in ttir
+
+
+def test_what_was_checked_is_compiled_whatever_the_file_holds_by_now(tmp_path):
+    made = module(tmp_path / "saved", "from gradkit import rule\n@rule\ndef r(u): return u * 2.5\n")
+    Path(made.__file__).write_text("from gradkit import rule\n\n@rule\ndef r(u): return u * 7.25\n")
+    (built,) = kernels(chain(made.r))
+    ttir = built.compile().asm["ttir"]
+    assert "2.500000e+00" in ttir and "7.250000e+00" not in ttir
+
+
+def test_a_kernel_is_compiled_before_a_step_counts_on_it(compiled, monkeypatch):
+    """As it is then launched: the step finds every kernel there."""
+    loaded = []
+    monkeypatch.setattr(triton.compiler.CompiledKernel, "run", property(loaded.append))
+    params = parameters(16, 7)
+    optimizer = gradkit.AdamW(params, transforms=[tx.clip_by_global_norm(1.0)], backend="triton")
+    (batch,) = optimizer.batches(params, [True, True])
+    for ps in batch.program.passes:
+        launch.prepare(batch.kind, ps, source.measure if ps.measure else source.apply)
+    assert len(loaded) == 2
+    step(optimizer)
+    assert not compiled
+
+
+@pytest.mark.parametrize("failure", [OSError("no C compiler"), RuntimeError("0 active drivers")])
+def test_a_gpu_that_triton_cannot_reach_falls_back_before_anything_counts(failure, monkeypatch):
+    def fails(*given: Any) -> None:
+        raise failure
+
+    (p,) = parameters(3)
+    (batch,) = gradkit.AdamW([p]).batches([p], [True])
+    batch.device = torch.device("cuda", 0)
+    monkeypatch.setattr(launch, "prepare", fails)
+    backend, why = backends.choose("auto", batch)
+    assert backend is backends.Chunked and why == f"{type(failure).__name__}: {failure}"
+    with pytest.raises(RuntimeError, match=f"backend='triton' can't run: .*{failure}; use backend='auto'"):
+        backends.choose("triton", batch)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gradkit
-from gradkit import Slot, chain, derive, rule
+from gradkit import Slot, backends, chain, derive, rule
 from gradkit import transforms as tx
 from gradkit.ops import absolute, lerp, maximum, sign, sqrt, where
 from gradkit.triton_kernels import launch
@@ -239,3 +239,11 @@ def test_trace_under_triton_ends_in_the_step():
     (_, after) = optimizer.trace(p)[-1]
     optimizer.step()
     assert_equal(p.detach(), after)
+
+
+def test_the_interpreter_is_not_given_addresses_on_a_gpu():
+    p = torch.ones(3, requires_grad=True)
+    (batch,) = gradkit.AdamW([p]).batches([p], [True])
+    batch.device = torch.device("cuda", 0)
+    backend, why = backends.choose("auto", batch)
+    assert backend is backends.Chunked and "Triton needs the CPU, for TRITON_INTERPRET is set" in why
