@@ -84,7 +84,8 @@ def filtered_adam(betas: Any = (0.9, 0.98), eps: float = 1e-8, **own: Any) -> Li
 
 
 def spikes(official_quirks: bool = False, **arguments: Any) -> Links:
-    return {"direction": partial(spam.direction, zero_variance=official_quirks, **arguments)}
+    whole = partial(spam.direction, zero_variance=official_quirks, **arguments)
+    return {"direction": whole, "decays_after": official_quirks}
 
 
 def masked_adam(**arguments: Any) -> Links:

@@ -18,7 +18,7 @@ class Scenario:
 
     gradients: Gradients
     lrs: list[float]
-    float32_overflows: bool = False
+    beyond_float32: bool = False  # squares overflow or vanish
 
 
 def draw(seed: int = 0, scale: float = 1.0) -> Gradients:
@@ -43,11 +43,11 @@ def smooth() -> Scenario:
     return Scenario(draw(), [LR] * STEPS)
 
 
-def at(value: float, float32_overflows: bool = False) -> Scenario:
+def at(value: float, beyond_float32: bool = False) -> Scenario:
     """One entry of one gradient, in the middle of the run."""
     rows = draw()
     rows[3][1].flat[4] = value
-    return Scenario(rows, [LR] * STEPS, float32_overflows)
+    return Scenario(rows, [LR] * STEPS, beyond_float32)
 
 
 def zeros() -> Scenario:
@@ -61,7 +61,7 @@ def zeros() -> Scenario:
 
 def denormal() -> Scenario:
     """Around the smallest normal float32, 1.2e-38; their squares are 0."""
-    return Scenario(draw(scale=1e-38), [LR] * STEPS)
+    return Scenario(draw(scale=1e-38), [LR] * STEPS, beyond_float32=True)
 
 
 def missing() -> Scenario:
@@ -90,7 +90,7 @@ def schedule() -> Scenario:
 SCENARIOS: dict[str, Callable[[], Scenario]] = {
     "smooth": smooth,
     "spike": lambda: at(1e6),
-    "huge": lambda: at(1e30, float32_overflows=True),
+    "huge": lambda: at(1e30, beyond_float32=True),
     "infinite": lambda: at(np.inf),
     "nan": lambda: at(np.nan),
     "zeros": zeros,

@@ -8,9 +8,11 @@ from tests.reference import decay as modes
 class Run:
     """Parameters, and a state for each of them and for each link; `filters` see all gradients of a step at once."""
 
-    def __init__(self, start, direction, *, filters=(), masks=(), dtype=np.float64, maximize=False, **decay):
+    def __init__(
+        self, start, direction, *, filters=(), masks=(), decays_after=False, dtype=np.float64, maximize=False, **decay
+    ):
         self.params = [np.asarray(x, dtype) for x in start]
-        self.direction, self.filters, self.masks = direction, filters, masks
+        self.direction, self.filters, self.masks, self.decays_after = direction, filters, masks, decays_after
         self.dtype, self.decay = dtype, {"weight_decay": 0.0, "mode": "none", **decay}
         self.sign, self.clock = -1.0 if maximize else 1.0, 0
         self.states = [[{} for _ in start] for _ in range(len(filters) + 1)]
@@ -32,5 +34,8 @@ class Run:
             for masked in self.masks:
                 flow = masked(flow, grads)
             for u, i in zip(flow, live, strict=True):
-                self.params[i] = modes.written(self.params[i], u, lr=lr, lr_ref=lr_ref, **l2).astype(self.dtype)
+                if self.decays_after and l2["mode"] == "decoupled":
+                    self.params[i] = (self.params[i] - lr * u) * self.dtype(1 - lr * l2["weight_decay"])
+                else:
+                    self.params[i] = modes.written(self.params[i], u, lr=lr, lr_ref=lr_ref, **l2).astype(self.dtype)
         return [p.copy() for p in self.params]
