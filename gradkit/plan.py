@@ -163,14 +163,14 @@ class Batch:
             mine = [sharding.local_grad(g, p) for g, p in zip(mine, self.owners, strict=True)]
         try:
             plain = all(map(Tensor.is_contiguous, chain(params, mine))) and not any(map(Tensor.is_neg, mine))
-            sizes = list(map(Tensor.numel, chain(params, mine)))
+            sizes = list(map(Tensor.numel, mine))
             pointers = list(map(Tensor.data_ptr, mine))
         except RuntimeError:  # a sparse gradient has neither
             return False
         if not (plain and self.contiguous) and [p.stride() for p in params] != self.strides:
             return False
         # an address doesn't tell: it may have been given out again
-        if {g.dtype for g in mine} != {self.gdtype} or sizes != self.sizes * 2:
+        if {g.dtype for g in mine} != {self.gdtype} or sizes != self.sizes:
             return False
         if not plain:
             for t, (g, p) in enumerate(zip(mine, self.params, strict=True)):
