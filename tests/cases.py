@@ -170,7 +170,7 @@ CASES = (
             ("_without_bias_correction", {"correct_bias": False}, {}),
             (
                 "_official",
-                {"official_quirks": True},
+                {"official_quirks": True, "clip_free_steps": 2},
                 {
                     "spam__plain_reset_clip": {"official_quirks": True},
                     "spam__defaults_thr5000": {"official_quirks": True},

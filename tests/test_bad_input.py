@@ -12,7 +12,7 @@ import gradkit
 from gradkit import chain, rule
 from gradkit import transforms as tx
 
-CLASSES = (gradkit.AdamW, gradkit.Lion, gradkit.DiffGrad, gradkit.AdEMAMix, gradkit.Grokfast)
+CLASSES = (gradkit.AdamW, gradkit.Lion, gradkit.DiffGrad, gradkit.AdEMAMix, gradkit.Grokfast, gradkit.SPAM)
 NAN, INF = math.nan, math.inf
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 NOT_NEGATIVE, FRACTION = "give a number >= 0", "give a number in [0, 1)"
@@ -49,8 +49,8 @@ VALUES: list[tuple[dict[str, Any], type, str]] = [  # of every class: argument, 
     ({"transforms": [tx.clip_by_norm]}, TypeError, "is no chain or transform; call it"),
     ({"transforms": tx.clip_by_norm(1.0)}, TypeError, "transforms="),
 ]
-HAVE_EPS = (gradkit.AdamW, gradkit.DiffGrad, gradkit.AdEMAMix, gradkit.Grokfast)
-OF_TWO = (gradkit.AdamW, gradkit.Lion, gradkit.DiffGrad, gradkit.Grokfast)
+HAVE_EPS = (gradkit.AdamW, gradkit.DiffGrad, gradkit.AdEMAMix, gradkit.Grokfast, gradkit.SPAM)
+OF_TWO = (gradkit.AdamW, gradkit.Lion, gradkit.DiffGrad, gradkit.Grokfast, gradkit.SPAM)
 ONE_UP = "give a whole number >= 1"
 OWN: list[tuple[Any, dict[str, Any], type, str]] = [  # of some classes
     *((c, {"eps": x}, ValueError, f"eps={x}: give a number > 0") for c in HAVE_EPS for x in (0.0, -1e-8, NAN)),

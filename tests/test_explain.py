@@ -155,6 +155,7 @@ BYTES: list[tuple[Any, dict[str, Any], torch.dtype, int]] = [
     (gradkit.AdEMAMix, {"betas": (0.0, 0.9, 0.99)}, torch.float32, 28),
     (gradkit.AdEMAMix, {"state_dtype": BF16}, torch.float32, 28),  # the slow momentum stays float32
     (gradkit.DiffGrad, {}, torch.float32, 36),
+    (gradkit.SPAM, {}, torch.float32, 28),
     (gradkit.Grokfast, {}, torch.float32, 36),
     (gradkit.Grokfast, {"filter": "ma", "window": 5}, torch.float32, 52),  # of the ring, one entry
 ]
@@ -246,6 +247,7 @@ MAKERS = (
     gradkit.DiffGrad,
     gradkit.AdEMAMix,
     gradkit.Grokfast,
+    gradkit.SPAM,
     clipped,
     cautious_lion,
     own,

@@ -151,6 +151,7 @@ def test_a_frozen_parameter_stays_and_starts_afresh_when_freed(make):
     for t in range(6):
         if t == 3:
             params[1].requires_grad_(True)
+            single.param_groups[0]["clock"].fill_(t)  # counted in steps of the optimizer
         rows = gradients(params, t)
         for i, p in enumerate(params):
             others[i].grad = alone[i].grad = rows[i].clone()

@@ -36,6 +36,7 @@ CHAINS: dict[str, tuple[type, torch.dtype, dict[str, Any]]] = {
     "AdEMAMix bf16": (gradkit.AdEMAMix, BF16, {}),
     "Grokfast": (gradkit.Grokfast, torch.float32, {}),
     "Grokfast, window": (gradkit.Grokfast, torch.float32, {"filter": "ma"}),
+    "SPAM": (gradkit.SPAM, torch.float32, {}),
     "own chain of five links": (gradkit.AdamW, torch.float32, FIVE),
 }
 
