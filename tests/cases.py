@@ -24,6 +24,7 @@ from tests.reference import (
     lion,
     sgd,
     spam,
+    spike_clip,
 )
 from tests.reference.trajectory import Run
 
@@ -245,6 +246,13 @@ CASES = (
             (2, 5.0, {"tx_clip_norm__l2_clip": {}}),
             (float("inf"), 1.5, {"tx_clip_norm__linf": {}}),
         )
+    ),
+    Case(
+        "spike_clip",
+        sgd_behind(tx.spike_clip),
+        filtered(spike_clip.filtered),
+        {"threshold": 2.0, "beta2": 0.9},
+        limits=("test_a_clip_that_is_never_reached_is_no_clip",),
     ),
     Case(
         "clip_by_norm",

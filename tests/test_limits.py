@@ -156,6 +156,7 @@ CLIPS = {
     "clip_by_global_norm_inf": lambda limit: tx.clip_by_global_norm(limit, norm_type=float("inf")),
     "clip_by_norm": tx.clip_by_norm,
     "clip_by_value": tx.clip_by_value,
+    "spike_clip": tx.spike_clip,
 }
 
 
@@ -302,3 +303,19 @@ def test_spam_frees_a_weight_whose_gradients_were_zero(backend):
         replay(optimizer, [p], [[np.array([0.0, 1.0])], [np.array([1.0, 1.0])]])
         ends.append(bool(p[0] != 0))
     assert ends == [True, False]
+
+
+@each_backend
+def test_a_cut_spike_is_not_remembered(backend):
+    """The mean square sees what was cut, so the second of two spikes is cut as the first; a NaN leaves no trace."""
+    p = torch.zeros(2, requires_grad=True)
+    optimizer = gradkit.Optimizer([p], tx.spike_clip(threshold=9.0, beta2=0.5), lr=1.0, backend=backend)
+    steps = []
+    for g in (1.0, 1.0, 1e20, 1.0, float("nan"), 1.0):
+        before = p.detach().clone()
+        replay(optimizer, [p], [[np.array([1.0, g])]])
+        steps.append((before - p.detach()).tolist())
+        with torch.no_grad():
+            p.nan_to_num_(0.0)
+    assert steps[2] == [1.0, pytest.approx(3.0, rel=1e-6)]  # sqrt(9 * 1)
+    assert steps[5] == [1.0, 1.0] and optimizer.state[p]["spike_sq"].isfinite().all()

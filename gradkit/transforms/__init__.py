@@ -1,7 +1,15 @@
 """Transforms of gradients and updates, for any optimizer: `transforms=[clip_by_global_norm(1.0)]`."""
 
-from .clip import clip_by_global_norm, clip_by_norm, clip_by_value
+from .clip import clip_by_global_norm, clip_by_norm, clip_by_value, spike_clip
 from .filter import grokfast_ema, grokfast_ma
 from .mask import cautious
 
-__all__ = ["cautious", "clip_by_global_norm", "clip_by_norm", "clip_by_value", "grokfast_ema", "grokfast_ma"]
+__all__ = [
+    "cautious",
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_by_value",
+    "grokfast_ema",
+    "grokfast_ma",
+    "spike_clip",
+]

@@ -1,11 +1,14 @@
-"""Clipping of gradients: all together, each tensor, each value. Pascanu et al. 2013, https://arxiv.org/abs/1211.5063"""
+"""Clipping of gradients: all together, each tensor, each value. Pascanu et al. 2013, https://arxiv.org/abs/1211.5063
+
+Spikes of a value over time: Huang et al. 2025, https://arxiv.org/abs/2501.06842
+"""
 
 import math
 
 from ..chain import Chain, chain
-from ..ops import absolute, minimum, sign, sqrt, where
-from ..options import LIMIT
-from ..transform import measure, rule
+from ..ops import absolute, isfinite, minimum, sign, sqrt, where
+from ..options import FRACTION, LIMIT
+from ..transform import derive, measure, rule
 
 BELOW = {"max_norm": LIMIT}
 
@@ -18,6 +21,19 @@ def scale(u, coef):
 @rule
 def clip_value(u, limit):
     return where(absolute(u) > limit, sign(u) * limit, u)
+
+
+@rule(slots=("spike_sq",))
+def cut_spikes(u, spike_sq, limit, k2, w2):
+    bound = limit * spike_sq
+    u = where((spike_sq > 0.0) & (u * u > bound), sign(u) * sqrt(bound), u)
+    return u, where(isfinite(u), spike_sq * k2 + w2 * u * u, spike_sq)
+
+
+@derive("spike_step")
+def spike_scalars(threshold, beta2, spike_step):
+    before = 1 - beta2 ** (spike_step - 1)  # the bias of the mean square before this step
+    return {"limit": threshold / before if before else 0.0, "k2": beta2, "w2": 1 - beta2}
 
 
 def norm_coef(norm, max_norm):
@@ -72,3 +88,15 @@ def clip_by_norm(max_norm: float, name: str | None = None) -> Chain:
 def clip_by_value(limit: float, name: str | None = None) -> Chain:
     """Cut each entry of the gradient to [-limit, limit]."""
     return chain(clip_value, name="clip_by_value", ranges={"limit": LIMIT}, limit=limit).named(name)
+
+
+def spike_clip(threshold: float = 5000.0, beta2: float = 0.999, name: str | None = None) -> Chain:
+    """Cut each entry whose square exceeds `threshold` times the mean square of the entry's steps before.
+
+    g <- sign(g) sqrt(threshold v)  where g^2 > threshold v > 0;        v <- beta2 v + (1 - beta2) g^2, bias-corrected
+
+    SPAM's test for any optimizer, with a mean square of its own: one slot. A NaN passes, and is not counted.
+    """
+    arguments = {"threshold": threshold, "beta2": beta2}
+    ranges = {"threshold": LIMIT, "beta2": FRACTION}
+    return chain(cut_spikes, derive=spike_scalars, name="spike_clip", ranges=ranges, **arguments).named(name)

@@ -31,6 +31,18 @@ MUTANTS = (
     *rows(
         "transforms/clip.py",
         ("clip: coefficient", "return u * coef", "return u", hostile("clip_by_global_norm_2")),
+        ("spike clip: cut", "sign(u) * sqrt(bound), u)", "u, u)", hostile("spike_clip")),
+        ("spike clip: sign", "sign(u) * sqrt(bound)", "sqrt(bound)", hostile("spike_clip")),
+        ("spike clip: no cut without a past", "(spike_sq > 0.0) & ", "", hostile("spike_clip", "zeros")),
+        ("spike clip: memory", "spike_sq * k2 + w2 * u * u", "u * u", hostile("spike_clip")),
+        ("spike clip: threshold", "threshold / before if", "1.0 / before if", hostile("spike_clip")),
+        ("spike clip: bias correction", "1 - beta2 ** (spike_step - 1)", "spike_step - 1", hostile("spike_clip")),
+        (
+            "spike clip: a NaN is not counted",
+            "where(isfinite(u), spike_sq * k2 + w2 * u * u, spike_sq)",
+            "spike_sq * k2 + w2 * u * u",
+            limit("a_cut_spike_is_not_remembered", "eager"),
+        ),
         (
             "clip, 2-norm: at most 1",
             "minimum(max_norm / (sqrt(total) + 1e-6), 1.0)",
