@@ -8,6 +8,7 @@
 | `AdEMAMix` | AdamW with a second, slow momentum | https://arxiv.org/abs/2409.03137 |
 | `Grokfast` | Adam behind a filter that amplifies slow gradients | https://arxiv.org/abs/2405.20233 |
 | `SPAM` | Adam that cuts spikes and forgets its momentum | https://arxiv.org/abs/2501.06842 |
+| `StableSPAM` | SPAM with limits and norms that adapt | https://arxiv.org/abs/2502.17055v2 |
 | `Optimizer` | your own chain of rules, measures and transforms | |
 """
 
@@ -20,6 +21,7 @@ from .optim.diffgrad import DiffGrad
 from .optim.grokfast import Grokfast
 from .optim.lion import Lion
 from .optim.spam import SPAM
+from .optim.stablespam import StableSPAM
 from .optimizer import Optimizer
 from .transform import Slot, Stage, derive, measure, rule
 
@@ -36,6 +38,7 @@ __all__ = [
     "RuleError",
     "SPAM",
     "Slot",
+    "StableSPAM",
     "Stage",
     "chain",
     "derive",

@@ -35,6 +35,7 @@ def describe(optimizer: "Optimizer") -> str:
         lines.append(f"  launches: {count}; {sum(moved(batch, ps) for ps in passes)} bytes an element")
         slots = ", ".join(f"{n} {short(d)}" for n, d in batch.slot_dtypes.items())
         slots += ", compensation" if batch.rounding == "kahan" else ""
+        slots += "".join(f", {n} a tensor" for n in batch.program.memory)
         lines.append(f"  state: {slots or 'none'}; {held(batch)} bytes; write-back {batch.rounding}")
         lines.append(f"  backend: {backend.name} ({why})")
     return "\n".join(lines)
@@ -58,7 +59,8 @@ def held(batch: "Batch") -> int:
     for p, g in zip(batch.owners, batch.group, strict=True):
         lengths = {n: batch.program.ring_length(n, batch.groups[g]) or 1 for n in batch.slot_dtypes}
         per = sum(d.itemsize * lengths[n] for n, d in batch.slot_dtypes.items())
-        total += sharding.local(p).numel() * (per + (batch.dtype.itemsize if batch.rounding == "kahan" else 0))
+        per += batch.dtype.itemsize if batch.rounding == "kahan" else 0
+        total += 8 * len(batch.program.memory) + sharding.local(p).numel() * per
     return total
 
 

@@ -80,8 +80,10 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
             if isinstance(saved.get(n), Tensor) and (same or saved[n].shape == p.shape)
         }
         if slots or (same and saved):  # a count without its moments would switch the bias corrections off
-            counts = {n: torch.tensor(float(saved[n]), dtype=torch.float32) for n in counters if n in saved}
-            optimizer.state[p] = {**counts, **slots}
+            numbers = {n: torch.tensor(float(saved[n]), dtype=torch.float32) for n in counters if n in saved}
+            for n in (n for n in program.memory if same and n in saved):
+                numbers[n] = torch.tensor(float(saved[n]), dtype=torch.float64, device=p.device)
+            optimizer.state[p] = {**numbers, **slots}
         else:
             optimizer.state.pop(p, None)
         wanted, taken = wanted | {*program.slots}, taken | {*slots}

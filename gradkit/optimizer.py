@@ -193,6 +193,8 @@ class Optimizer(torch.optim.Optimizer):
                 state = self.state[p]
                 for name, dtype in program.layout(p, group).items():
                     state[name] = laid_out(state.get(name), p, dtype, program.ring_length(name, group), who, name)
+                for name in program.memory:
+                    state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float64, device=p.device)
                 for name in program.scalars.counters:
                     state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float32, device="cpu")
 

@@ -25,10 +25,16 @@ class Pass:
     def __init__(self, pieces: Sequence[Placed], end: int):
         self.measure: Any = pieces[end] if end < len(pieces) else None  # a Placed
         self.end = end
+        self.memory = kept(self.measure) if self.measure else []
         self.rules = [(i, x) for i, x in enumerate(pieces[:end]) if isinstance(x.link, Rule)]
         self.slots = list(dict.fromkeys(n for _, x in self.rules for n in x.holds))
         seen = [x.link.sees for x in (*(x for _, x in self.rules), *([self.measure] if self.measure else []))]
         self.reads_p = self.measure is None or any("p" in names for names in seen)
+
+
+def kept(piece: Placed) -> list[str]:
+    """What `state[p]` calls the numbers that a measure keeps."""
+    return [piece.chain.prefix + name for name in piece.link.state]
 
 
 class Program:
@@ -40,8 +46,13 @@ class Program:
         self.scalars = Scalars(pieces, group)
         self.slots = {name: slot for name, (_, slot) in owners.items()}
         self.rings = {name: piece for name, (piece, slot) in owners.items() if slot.kind == "ring"}
-        for name in {*self.scalars.counters, "compensation"} & {*owners}:
-            raise ValueError(f"{owners[name][0].label} owns a slot named {name!r}, which is taken; rename it")
+        named = [(x, n) for x in pieces if isinstance(x.link, Measure) for n in kept(x)]
+        self.memory = [name for _, name in named]
+        taken = [*self.scalars.counters, "compensation"]
+        for piece, name in [*((x, n) for n, (x, _) in owners.items()), *named]:
+            if name in taken:
+                raise ValueError(f"{piece.label} owns a slot named {name!r}, which is taken; rename it")
+            taken.append(name)
         for name, piece in self.rings.items():
             if piece.chain.derive is None or not piece.chain.derive.counters:
                 raise ValueError(f"{piece.label}: the ring {name!r} needs @derive('step', ...) on its chain")
@@ -143,6 +154,11 @@ class Batch:
             for s, view in zip(states, vector.unbind(), strict=True):
                 s[name] = view
             self.counters[name] = vector.numpy()
+        names = self.program.memory  # one table; the state holds 0-d views of it
+        rows = [[s[n] for n in names] or [torch.zeros((), dtype=torch.float64, device=self.device)] for s in states]
+        self.memory = torch.stack([torch.stack(row) for row in rows])
+        for s, kept_ in zip(states, self.memory.unbind(), strict=True):
+            s.update(zip(names, kept_.unbind(), strict=False))
         columns = len(self.program.scalars.measured)
         self.measured = torch.zeros(len(self.owners), max(1, columns), dtype=self.compute, device=self.device)
         self.strides = [p.stride() for p in self.params]

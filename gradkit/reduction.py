@@ -42,9 +42,11 @@ class Reduction:
             given = [self.finish(torch.cat([x.to(device) for x in parts]), cells)] * len(self.parts)
         else:
             given = [self.finish(x, cells_of(b, ps)) for x, (b, ps) in zip(parts, self.parts, strict=True)]
-        for (batch, _), values in zip(self.parts, given, strict=True):
-            for name, value in zip(self.link.gives, values, strict=True):
+        for (batch, ps), values in zip(self.parts, given, strict=True):
+            for name, value in zip(self.link.gives, values, strict=False):
                 batch.measured[:, batch.program.scalars.measured.index((self.placed.chain, name))] = value
+            for name, value in zip(ps.memory, values[len(self.link.gives) :], strict=True):
+                batch.memory[:, batch.program.memory.index(name)] = value
 
     def finish(self, totals: Tensor, cells: list[Tensor]) -> tuple[Tensor, ...]:
         """Run `finish` on vectors [tensors], or over all on their total."""
@@ -59,9 +61,10 @@ class Reduction:
 
 
 def cells_of(batch: "Batch", ps: "Pass") -> list[Tensor]:
-    """The scalars of a measure of each tensor: vectors [tensors] in float64."""
+    """What `finish` takes beside the totals: vectors [tensors] in float64."""
+    kept = [batch.memory[:, batch.program.memory.index(name)] for name in ps.memory]
     table, columns = torch.from_numpy(batch.table64[batch.row]).to(batch.device), batch.program.scalars.of[ps.end]
-    return [batch.measured[:, c.at].double() if c.measured else table[:, c.at] for c in columns]
+    return kept + [batch.measured[:, c.at].double() if c.measured else table[:, c.at] for c in columns]
 
 
 def order(batches: "Sequence[Batch]") -> list[Reduction]:

@@ -109,17 +109,22 @@ class Measure(Link):
 
     scope: "tensor" (each its own) or "all" (every tensor whose chain holds this very link).
     reduce: a name for each value that the map returns -> "sum", "mean" or "max" (from 0: meant for magnitudes).
-    finish: `(reductions, scalars) -> gives`, in the rule language with arithmetic among scalars, in float64. Over all
-        tensors it reads its chain's arguments, the clock, and of the groups the first.
+    finish: `(reductions, state, scalars) -> gives, state`, in the rule language with arithmetic among scalars, in
+        float64. Over all tensors it reads its chain's arguments, the clock, and of the groups the first.
+    state: names of numbers that each tensor keeps from step to step, zero at first.
     """
 
-    def __init__(self, fn: Function, scope: str, reduce: Mapping, gives: Sequence, finish: Function, stage: Any):
+    def __init__(
+        self, fn: Function, scope: str, reduce: Mapping, gives: Sequence, finish: Function, state: Sequence, stage: Any
+    ):
         super().__init__(fn)
         check_stage(self.name, stage)
         self.scope, self.stage, self.reduce, self.finish = scope, stage, dict(reduce), finish
-        self.gives = listed_names(self.name, "gives", gives)
+        self.gives, self.state = listed_names(self.name, "gives", gives), listed_names(self.name, "state", state)
         if scope not in ("tensor", "all"):
             raise ValueError(f"{self.name}: scope={scope!r}; use 'tensor' or 'all'")
+        if self.state and scope != "tensor":
+            raise ValueError(f"{self.name}: state={self.state!r} is kept for each tensor: it needs scope='tensor'")
         for how in self.reduce.values():
             if how not in REDUCTIONS:
                 raise ValueError(f"{self.name}: reduce {how!r}; use one of {', '.join(REDUCTIONS)}")
@@ -129,11 +134,11 @@ class Measure(Link):
             raise RuleError(f"{self.name}({', '.join(self.code.params)}): a measure maps u, and p and g if wanted")
         if not self.code.no_source and len(self.code.returns) != len(self.reduce):
             raise RuleError(f"{self.name} returns {len(self.code.returns)} values; reduce names {list(self.reduce)}")
-        known = list(self.reduce)
+        known, returned = [*self.reduce, *self.state], [*self.gives, *self.state]
         end = self.end = Code(finish, lambda name: False, scalar_math=True)
         self.scalars = tuple(end.params[len(known) :])
-        if end.params[: len(known)] != known or (not end.no_source and len(end.returns) != len(self.gives)):
-            raise RuleError(f"{self.name}: finish takes {known}, then scalars, and returns {list(self.gives)}")
+        if end.params[: len(known)] != known or (not end.no_source and len(end.returns) != len(returned)):
+            raise RuleError(f"{self.name}: finish takes {known}, then scalars, and returns {returned}")
 
     def map(self, **seen: Any) -> tuple[Any, ...]:
         """The values to reduce, from u and whatever else the map sees."""
@@ -162,10 +167,16 @@ def rule(
 
 
 def measure(
-    *, scope: str, reduce: Mapping[str, str], gives: Sequence[str], finish: Function, stage: Stage | None = None
+    *,
+    scope: str,
+    reduce: Mapping[str, str],
+    gives: Sequence[str],
+    finish: Function,
+    state: Sequence[str] = (),
+    stage: Stage | None = None,
 ) -> Callable[[Function], Measure]:
     """Make a link that measures what flows and gives scalars to the links behind it."""
-    return lambda function: Measure(function, scope, reduce, gives, finish, stage)
+    return lambda function: Measure(function, scope, reduce, gives, finish, state, stage)
 
 
 def derive(*counters: str) -> Callable[[Callable[..., dict[str, Any]]], Derive]:

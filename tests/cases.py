@@ -25,6 +25,7 @@ from tests.reference import (
     sgd,
     spam,
     spike_clip,
+    stablespam,
 )
 from tests.reference.trajectory import Run
 
@@ -93,6 +94,7 @@ def masked_adam(**arguments: Any) -> Links:
     return {"direction": partial(adamw.direction, **arguments), "masks": (cautious.masked,)}
 
 
+QUIRKS = {"official_quirks": True}
 BETAS = {"betas": (0.8, 0.95)}
 ADAM = {**BETAS, "eps": 1e-3}  # an eps that shows
 MIX = {"betas": (0.8, 0.95, 0.99), "eps": 1e-3, "alpha": 3.0}
@@ -246,6 +248,43 @@ CASES = (
             (2, 5.0, {"tx_clip_norm__l2_clip": {}}),
             (float("inf"), 1.5, {"tx_clip_norm__linf": {}}),
         )
+    ),
+    *(
+        Case(
+            f"stablespam{name}",
+            gradkit.StableSPAM,
+            stablespam.links,
+            {**ADAM, "gammas": (0.6, 0.8, 0.9), "reset_every": 3, **more},
+            golden=golden,
+            limits=("test_stablespam_forgets_no_average_at_a_reset",),
+            exact=False,
+        )
+        for name, more, golden in (
+            ("", {}, {}),
+            ("_amsgrad", {"amsgrad": True, "total_steps": 4, "eta_min": 0.3}, {}),
+            ("_official", {"official_quirks": True}, {"stablespam__default": QUIRKS, "stablespam__resets": QUIRKS}),
+            (
+                "_official_cosine",
+                {"official_quirks": True, "total_steps": 4, "eta_min": 0.3, "amsgrad": True},
+                {"stablespam__total_T_wd": {**QUIRKS, "reset_every": None}},
+            ),
+        )
+    ),
+    Case(
+        "adaclip",
+        sgd_behind(tx.adaclip),
+        filtered(stablespam.adaclip),
+        {"gamma": 0.8},
+        limits=("test_adaclip_keeps_the_ratios_of_what_it_shrinks",),
+        exact=False,
+    ),
+    Case(
+        "adagn",
+        sgd_behind(tx.adagn),
+        filtered(stablespam.adagn),
+        {"gammas": (0.5, 0.8)},
+        limits=("test_adagn_ignores_the_gradients_scale",),
+        exact=False,
     ),
     Case(
         "spike_clip",

@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parent / "golden"
 OURS = {
     **{"window_size": "window", "filter_type": "mode"},  # the authors' names that differ
     **{"DeltaT": "reset_every", "warmup_steps": "warmup_after_reset", "grad_accu_steps": "clip_free_steps"},
+    **{"update_proj_gap": "reset_every", "total_T": "total_steps"},
 }
 LEFT_OUT = ("density", "density_param_idx")  # None in these files
 RUNS = [(case.name, file) for case in CASES for file in case.golden if not file.startswith("tx_")]

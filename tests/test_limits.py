@@ -319,3 +319,36 @@ def test_a_cut_spike_is_not_remembered(backend):
             p.nan_to_num_(0.0)
     assert steps[2] == [1.0, pytest.approx(3.0, rel=1e-6)]  # sqrt(9 * 1)
     assert steps[5] == [1.0, 1.0] and optimizer.state[p]["spike_sq"].isfinite().all()
+
+
+@each_backend
+def test_adagn_ignores_the_gradients_scale(backend):
+    """Of each tensor: only how its norm varies over time is left."""
+
+    def run(scale: float) -> list[torch.Tensor]:
+        grads = [[np.float32(scale) * g for g in row] for row in draw()]
+        return [x[-1] for x in trajectory(BY_NAME["adagn"].build, grads, backend=backend, lr=0.1)]
+
+    for a, b in zip(run(1.0), run(1024.0), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@each_backend
+def test_adaclip_keeps_the_ratios_of_what_it_shrinks(backend):
+    p = torch.zeros(4, requires_grad=True)
+    optimizer = gradkit.Optimizer([p], tx.adaclip(gamma=0.5), lr=1.0, backend=backend)
+    replay(optimizer, [p], [[np.ones(4)]] * 3)
+    before = p.detach().clone()
+    replay(optimizer, [p], [[np.array([100.0, 60.0, 1.0, -80.0])]])
+    a, b, c, d = (before - p.detach()).tolist()
+    assert (b / a, c, d / a) == (pytest.approx(0.6), pytest.approx(1.0), pytest.approx(-0.8)) and a < 60.0
+
+
+@each_backend
+def test_stablespam_forgets_no_average_at_a_reset(backend):
+    p = torch.zeros(3, requires_grad=True)
+    optimizer = gradkit.StableSPAM([p], reset_every=2, backend=backend)
+    replay(optimizer, [p], [[np.ones(3)]] * 2)
+    state = optimizer.state[p]
+    assert (float(state["step"]), float(state["stat_step"])) == (1.0, 2.0)
+    assert float(state["absmax_avg"]) == pytest.approx(1 - 0.999**2) and state["absmax_avg"].dtype == torch.float64

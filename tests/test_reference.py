@@ -99,14 +99,16 @@ def test_the_reference_sees_every_mode_of_decay(name):
 def test_the_reference_sees_every_argument(case):
     """Changing any one of them changes the run, so a gradkit that ignored it would be found."""
     other = {
-        "betas": lambda x: tuple(b * 0.9 + 0.05 for b in x),
+        **dict.fromkeys(("betas", "gammas"), lambda x: tuple(b * 0.9 + 0.05 for b in x)),
         "amsgrad": lambda x: not x,
         "filter": lambda x: "ema",
         "mode": lambda x: "mean",
         "init": lambda x: "first",
         "warmup": lambda x: not x,
         "norm_type": lambda x: {1: 2, 2: 1}.get(x, 2),
-        **dict.fromkeys(("window", "reset_every", "warmup_after_reset", "clip_free_steps"), lambda x: x + 1),
+        **dict.fromkeys(
+            ("window", "reset_every", "warmup_after_reset", "clip_free_steps", "total_steps"), lambda x: x + 1
+        ),
         **dict.fromkeys(("correct_bias", "reset_bias_correction", "official_quirks"), lambda x: not x),
     }
     scenario = SCENARIOS["spike"]()

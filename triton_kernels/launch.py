@@ -126,7 +126,7 @@ class Joint:
         base = 0
         try:
             for one in self.kernels:
-                one.start(self.table, self.partials, self.counters, base, self.outputs)
+                one.start(one.owner.batch.memory, self.table, self.partials, self.counters, base, self.outputs)
                 base += len(one.blocks)
         except BaseException:
             self.counters.zero_()  # blocks that ran have counted themselves

@@ -51,11 +51,11 @@ def {name}({signature}, CHUNK: tl.constexpr, TILE: tl.constexpr):
 """
 
 APPLY = ("step", "fixed", "blocks", "measured", "T")
-REDUCE = (*APPLY, "joint", "partials", "counters", "base", "O")
+REDUCE = (*APPLY, "memory", "joint", "partials", "counters", "base", "O")
 ARGUMENTS: dict[str, Any] = {  # tensors of these dtypes, and numbers
     **dict.fromkeys(("step", "fixed", "joint"), torch.int64),
     **dict.fromkeys(("blocks", "counters"), torch.int32),
-    **{"measured": torch.float32, "partials": torch.float64, "T": 2, "base": 2, "O": 2},
+    **{"measured": torch.float32, "memory": torch.float64, "partials": torch.float64, "T": 2, "base": 2, "O": 2},
 }
 FOLD = 4  # tiles of partial results that the last block reads at once
 
@@ -223,7 +223,11 @@ def measure(kind: "Kind", ps: "Pass") -> Source:
         cells = [f"{w.layout.scalar(c)}.to(tl.float64)" for c in kind.program.scalars.of[ps.end]]
     given = [f"v{i}" for i in range(len(link.gives))]
     totals = [f"x{j}" for j in range(len(link.reduce))]
-    last = [f"{', '.join(given)} = {finish}({', '.join([*totals, *cells])})"]
+    places = [f"memory + t * {max(1, len(kind.program.memory))} + {kind.program.memory.index(n)}" for n in ps.memory]
+    kept = [f"k{i}" for i in range(len(places))]
+    taken = [*totals, *(f"tl.load({place})" for place in places), *cells]
+    last = [f"{', '.join([*given, *kept])} = {finish}({', '.join(taken)})"]
+    last += [f"tl.store({place}, {x})" for place, x in zip(places, kept, strict=True)]
     return reduction(w, link.scope, last, given, TYPES[kind.compute])
 
 

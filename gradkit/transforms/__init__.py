@@ -3,8 +3,11 @@
 from .clip import clip_by_global_norm, clip_by_norm, clip_by_value, spike_clip
 from .filter import grokfast_ema, grokfast_ma
 from .mask import cautious
+from .stable import adaclip, adagn
 
 __all__ = [
+    "adaclip",
+    "adagn",
     "cautious",
     "clip_by_global_norm",
     "clip_by_norm",

@@ -21,8 +21,9 @@ class Run:
         """Move the parameters that have a gradient; None leaves one alone, its counts too."""
         live = [i for i, g in enumerate(gradients) if g is not None]
         self.clock += bool(live)
-        for state in self.states[0]:
-            state["clock"] = self.clock
+        for states in self.states:
+            for state in states:
+                state["clock"] = self.clock
         grads = [self.sign * np.asarray(gradients[i], self.dtype) for i in live]
         flow = grads
         with np.errstate(all="ignore"):

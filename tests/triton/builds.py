@@ -18,7 +18,7 @@ from gradkit.triton_kernels.load import kernel
 TYPES = {
     **dict.fromkeys(("step", "fixed", "joint"), "*i64"),
     **dict.fromkeys(("blocks", "counters"), "*i32"),
-    **{"measured": "*fp32", "partials": "*fp64"},
+    **{"measured": "*fp32", "partials": "*fp64", "memory": "*fp64"},
     **dict.fromkeys(("T", "O", "base"), "i32"),
     **dict.fromkeys(("CHUNK", "TILE"), "constexpr"),
 }
