@@ -44,7 +44,7 @@ class Reduction:
             given = [self.finish(x, cells_of(b, ps)) for x, (b, ps) in zip(parts, self.parts, strict=True)]
         for (batch, ps), values in zip(self.parts, given, strict=True):
             for name, value in zip(self.link.gives, values, strict=False):
-                batch.measured[:, batch.program.scalars.measured.index((self.placed.chain, name))] = value
+                batch.measured[:, batch.program.scalars.measured.index((ps.measure.chain, name))] = value
             for name, value in zip(ps.memory, values[len(self.link.gives) :], strict=True):
                 batch.memory[:, batch.program.memory.index(name)] = value
 

@@ -12,7 +12,15 @@ import gradkit
 from gradkit import chain, rule
 from gradkit import transforms as tx
 
-CLASSES = (gradkit.AdamW, gradkit.Lion, gradkit.DiffGrad, gradkit.AdEMAMix, gradkit.Grokfast, gradkit.SPAM)
+CLASSES = (
+    gradkit.AdamW,
+    gradkit.Lion,
+    gradkit.DiffGrad,
+    gradkit.AdEMAMix,
+    gradkit.Grokfast,
+    gradkit.SPAM,
+    gradkit.StableSPAM,
+)
 NAN, INF = math.nan, math.inf
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 NOT_NEGATIVE, FRACTION = "give a number >= 0", "give a number in [0, 1)"

@@ -73,6 +73,7 @@ def adaclip(gamma: float = 0.999, name: str | None = None) -> Chain:
 def adagn(gammas: tuple[float, float] = (0.7, 0.9), name: str | None = None) -> Chain:
     """Give each tensor's gradient the norm that is usual: the running mean of its norm over their root mean square.
 
-    n1 <- g1 n1 + (1 - g1) |g|        n2 <- g2 n2 + (1 - g2) |g|^2        g <- g / |g| n1 / (sqrt(n2) + 1e-8), bias-corrected
+    n1 <- g1 n1 + (1 - g1) |g|        n2 <- g2 n2 + (1 - g2) |g|^2
+    g <- g / |g| n1 / (sqrt(n2) + 1e-8), both bias-corrected
     """
     return chain(norm_of_each, to_target, derive=adagn_scalars, name="adagn", gammas=gammas).named(name)

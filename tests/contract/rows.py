@@ -25,6 +25,7 @@ class Row:
     slots: frozenset[str]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     counters: frozenset[str] = frozenset({"step"})
+    kept: frozenset[str] = frozenset()  # numbers of measures, float64
     exact: bool = True  # no sum and no polynomial function: layout and backend change no bit
     coupled: bool = False  # one parameter's gradient changes another's step
 
@@ -38,6 +39,8 @@ DECAYED = {"weight_decay": 0.1}
 WARM = {"alpha_warmup": 4, "beta3_warmup": 6, "weight_decay": 0.1}
 WINDOW = {"filter": "ma", "window": 3, "weight_decay": 0.1}
 SPIKES = {"reset_every": 7, "warmup_after_reset": 2, "clip_free_steps": 1, "threshold": 3.0, "weight_decay": 0.1}
+STABLE = {"reset_every": 7, "total_steps": 6, "weight_decay": 0.1}
+AVERAGES = slots("absmax_avg", "norm_avg", "norm_sq_avg")
 FILTERED = slots("step", "filter_step")
 BOUNDED = (tx.clip_by_global_norm(1.0), tx.cautious())
 ROWS = (
@@ -49,6 +52,7 @@ ROWS = (
     Row("grokfast_ema", gradkit.Grokfast, ADAM | {"grad_ema"}, DECAYED, FILTERED),
     Row("grokfast_ma", gradkit.Grokfast, ADAM | {"grad_ring", "grad_head", "grad_tail"}, WINDOW, FILTERED),
     Row("spam", gradkit.SPAM, ADAM, SPIKES),
+    Row("stablespam", gradkit.StableSPAM, ADAM, STABLE, slots("step", "stat_step"), AVERAGES, exact=False),
     Row("bounded", gradkit.AdamW, ADAM, {"transforms": BOUNDED}, exact=False, coupled=True),
 )
 

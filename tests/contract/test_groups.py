@@ -147,7 +147,7 @@ def test_state_is_tensors_under_known_names(make):
     row = make.row
     assert set(optimizer.state) == set(params)
     for p, state in optimizer.state.items():
-        assert state.keys() == row.slots | row.counters
+        assert state.keys() == row.slots | row.counters | row.kept
         assert all(isinstance(x, Tensor) for x in state.values())
         for name in row.slots:
             ring = (3,) if name == "grad_ring" else ()

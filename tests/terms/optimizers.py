@@ -57,6 +57,43 @@ MUTANTS = (
         ("DiffGrad: l2 by default", '"decay", "l2"', '"decay", "decoupled"', golden("diffgrad", "diffgrad__v2_wd_l2")),
     ),
     *rows(
+        "optim/stablespam.py",
+        (
+            "StableSPAM: cosine of beta1",
+            "b1, g1 = b1 * s, g1 * s",
+            "b1, g1 = b1, g1 * s",
+            hostile("stablespam_amsgrad"),
+        ),
+        (
+            "StableSPAM: cosine of gamma1",
+            "b1, g1 = b1 * s, g1 * s",
+            "b1, g1 = b1 * s, g1",
+            hostile("stablespam_amsgrad"),
+        ),
+        ("StableSPAM: end of the cosine", "min(clock, total_steps + 1)", "clock", hostile("stablespam_amsgrad")),
+        ("StableSPAM: the authors' cosine", "clock if official_quirks else", "", hostile("stablespam_official_cosine")),
+        ("StableSPAM: count of Adam at a reset", "1.0 if resets else step", "step", hostile("stablespam")),
+        ("StableSPAM: counts of the averages", "step if official_quirks else stat_step", "step", hostile("stablespam")),
+        (
+            "StableSPAM: the authors' one count",
+            "step if official_quirks else stat_step",
+            "stat_step",
+            hostile("stablespam_official"),
+        ),
+        (
+            "StableSPAM: reset of the maximum",
+            ", where(reset > 0.5, 0.0, max_exp_avg_sq)",
+            ", where(reset > 1.5, 0.0, max_exp_avg_sq)",
+            hostile("stablespam_amsgrad"),
+        ),
+        (
+            "StableSPAM: the authors' old moments",
+            "[*direction, *reset] if",
+            "[*reset, *direction] if",
+            hostile("stablespam_official"),
+        ),
+    ),
+    *rows(
         "optim/spam.py",
         ("SPAM: reset of the mean", "where(reset > 0.5, 0.0, exp_avg),", "exp_avg,", hostile("spam")),
         ("SPAM: reset of the mean square", ", where(reset > 0.5, 0.0, exp_avg_sq)", ", exp_avg_sq", hostile("spam")),

@@ -29,6 +29,33 @@ MUTANTS = (
         ("Grokfast MA: lamb", "lamb / count if on", "1.0 / count if on", hostile(WINDOW)),
     ),
     *rows(
+        "transforms/stable.py",
+        (
+            "AdaClip: cut",
+            "where(absolute(u) > limit, u * shrink, u)",
+            "where(absolute(u) > limit, u, u)",
+            hostile("adaclip"),
+        ),
+        (
+            "AdaClip: memory",
+            "absmax_avg = average(absmax_avg, absmax, w3)",
+            "absmax_avg = absmax_avg",
+            hostile("adaclip"),
+        ),
+        ("AdaClip: bias correction", '"c3": 1 / (1 - gamma**adaclip_step)', '"c3": 1.0', hostile("adaclip")),
+        ("AdaGN: norm", "return u * gain", "return u", hostile("adagn")),
+        ("AdaGN: memory of the norm", "average(norm_avg, sqrt(total), v1)", "sqrt(total)", hostile("adagn")),
+        ("AdaGN: memory of the square", "average(norm_sq_avg, total, v2)", "total", hostile("adagn")),
+        ("AdaGN: bias correction", '"c1": 1 / (1 - g1**adagn_step)', '"c1": 1.0', hostile("adagn")),
+        ("AdaGN: bias correction of the square", '"c2": 1 / (1 - g2**adagn_step)', '"c2": 1.0', hostile("adagn")),
+        (
+            "averages: what is not finite",
+            "where(isfinite(new), lerp(kept, new, share), kept)",
+            "lerp(kept, new, share)",
+            hostile("adagn", "nan"),
+        ),
+    ),
+    *rows(
         "transforms/clip.py",
         ("clip: coefficient", "return u * coef", "return u", hostile("clip_by_global_norm_2")),
         ("spike clip: cut", "sign(u) * sqrt(bound), u)", "u, u)", hostile("spike_clip")),

@@ -37,6 +37,7 @@ CHAINS: dict[str, tuple[type, torch.dtype, dict[str, Any]]] = {
     "Grokfast": (gradkit.Grokfast, torch.float32, {}),
     "Grokfast, window": (gradkit.Grokfast, torch.float32, {"filter": "ma"}),
     "SPAM": (gradkit.SPAM, torch.float32, {}),
+    "StableSPAM": (gradkit.StableSPAM, torch.float32, {}),
     "own chain of five links": (gradkit.AdamW, torch.float32, FIVE),
 }
 
