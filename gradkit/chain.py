@@ -75,6 +75,8 @@ def chain(
     ranges: where arguments may lie, checked here and in every group.
     """
     for n, allowed in (ranges or {}).items():
+        if n not in arguments:
+            raise ValueError(f"chain: ranges={{{n!r}: ...}}: there is no such argument; it has {', '.join(arguments)}")
         check_number(name, n, arguments[n], allowed)
     for x in links:
         if not isinstance(x, Rule | Measure | Chain):

@@ -71,6 +71,7 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
         for key, value in group.items():
             group[key] = on_host(value)
     wanted: set[str] = set()
+    lost: set[str] = set()
     taken: set[str] = set()
     for p, group, program, saved in pairs(optimizer, state_dict):
         dtypes, counters = program.layout(p, group), program.scalars.counters
@@ -86,8 +87,22 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
             optimizer.state[p] = {**numbers, **slots}
         else:
             optimizer.state.pop(p, None)
+        if same and saved:
+            lost |= {*dtypes, *counters} - {*saved}
         wanted, taken = wanted | {*program.slots}, taken | {*slots}
-    if not same:
+    if lost:
+        log.warning("%s: the state dict lacks %s: it starts fresh", type(optimizer).__name__, ", ".join(sorted(lost)))
+    if same:
+        arguments = {f"{x.chain.name}.{n}" for g in optimizer.param_groups for x in optimizer.check_group(g).pieces
+                     for n in x.chain.arguments}  # fmt: skip
+        idle = {k for g in optimizer.param_groups for k in g if "." in k} - arguments
+        if idle:
+            log.warning(
+                "%s: the state dict's %s belongs to no link here: give the same transforms=",
+                type(optimizer).__name__,
+                ", ".join(sorted(idle)),
+            )
+    else:
         log.info(
             "%s: took %s and lr, weight_decay, maximize from a state dict of another optimizer; %s",
             type(optimizer).__name__,

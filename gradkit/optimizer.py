@@ -9,6 +9,7 @@ from torch import Tensor
 from . import loading, sharding
 from .backends import choose
 from .chain import Chain, assemble
+from .chain import chain as make_chain
 from .explain import describe, trace
 from .options import (
     DTYPES,
@@ -25,6 +26,7 @@ from .options import (
 )
 from .plan import Batch, Kind, Plan, Program, kind_of
 from .scalars import shared
+from .transform import Measure, Rule
 from .transforms.decay import last_links
 
 BOOKKEEPING = ("params", "param_names", "clock", "lr_ref", "algorithm")
@@ -45,17 +47,20 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(
         self, params: Any, chain: Chain | None = None, *, lr: Number = 1e-3, weight_decay: Number = 0.0, **options: Any
     ):
+        chain = as_chain(chain)
         given, own = split_options(self, dict(options))
         who, transforms = type(self).__name__, given.pop("transforms", ())
         if not isinstance(transforms, list | tuple):
             raise TypeError(f"{who}: transforms={transforms!r}: give a list, e.g. transforms=[clip_by_norm(1.0)]")
-        self.chain, self.transforms, self.backend = chain, tuple(transforms), given.pop("backend", "auto")
+        self.chain, self.transforms = chain, tuple(map(as_chain, transforms))
+        self.backend = given.pop("backend", "auto")
         if chain is None and type(self).links is Optimizer.links:
             raise TypeError(f"{who}: give a chain: {who}(params, chain(...)), or use one of gradkit's classes")
         for c in (*self.transforms, *([chain] if chain is not None else [])):
             if not isinstance(c, Chain):
                 raise TypeError(f"{who}: {c!r} is no chain or transform; call it, e.g. clip_by_global_norm(1.0)")
         self._plan: Plan | None = None
+        self._checked: list = []
         self._programs: dict[tuple, Program] = {}
         defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
         self._check_values({**defaults, "backend": self.backend})
@@ -108,7 +113,10 @@ class Optimizer(torch.optim.Optimizer):
         """The chain that a group runs; raises if it lacks an order, a slot's owner or a scalar, or a value is wrong."""
         self._check_values(group)
         l2, last = last_links(group["decay"], group["weight_decay"])
-        made = Program(assemble(self.transforms, self.links(group), l2, last), group)
+        built_in = as_chain(self.links(group))
+        if not isinstance(built_in, Chain):
+            raise TypeError(f"{type(self).__name__}: links() returned {built_in!r}; return chain(...)")
+        made = Program(assemble(self.transforms, built_in, l2, last), group)
         program = self._programs.setdefault(made.key(), made)
         program.scalars.row(group, dict.fromkeys(program.scalars.counters, 1.0), 1.0)
         for ps in program.passes:
@@ -133,6 +141,11 @@ class Optimizer(torch.optim.Optimizer):
             return loss
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{type(self).__name__}: a CUDA graph would repeat this step's numbers; step outside it")
+        values = [[v for k, v in g.items() if k not in BOOKKEEPING] for g in self.param_groups]
+        if values != self._checked:
+            for group in self.param_groups:
+                self._check_values(group)
+            self._checked = values
         structure = [[shape_of(v) for k, v in g.items() if k not in BOOKKEEPING] for g in self.param_groups]
         structure += [[self.backend, self.transforms]]  # compared as objects
         plan = self._plan
@@ -229,7 +242,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._programs = None, {}
+        self._plan, self._programs, self._checked = None, {}, []
 
     def explain(self) -> str:
         """The plan as text: chain, passes, launches, bytes an element, state bytes, backend and why."""
@@ -238,6 +251,11 @@ class Optimizer(torch.optim.Optimizer):
     def trace(self, p: Tensor) -> list[tuple[str, Tensor]]:
         """One parameter's update after each link of the coming step, on cloned state; the last is its new value."""
         return trace(self, p)
+
+
+def as_chain(link: Any) -> Any:
+    """A link alone as the chain that it is."""
+    return make_chain(link) if isinstance(link, Rule | Measure) else link
 
 
 def shape_of(value: Any) -> Any:

@@ -238,3 +238,49 @@ def test_a_gradient_is_asked_for_its_sign_in_each_step(backend):
         p.grad = g
         optimizer.step()
     assert p.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("lr", -1.0), ("lr", float("nan")), ("eps", -1.0), ("betas", (0.9, 1.5)), ("weight_decay", -5.0)]
+)
+def test_a_value_that_was_edited_between_steps_has_its_range_too(key, value):
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = gradkit.AdamW([p])
+    optimizer.step()
+    before = p.tolist()
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(ValueError, match=f"AdamW: {key}.*: give a number"):
+        optimizer.step()
+    assert p.tolist() == before and optimizer.param_groups[0]["clock"] == 1
+
+
+def test_a_rule_alone_is_a_chain():
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.ones(2)
+    gradkit.Optimizer([p], Holder.inner, lr=1.0, transforms=[Holder.inner]).step()
+    assert p.tolist() == [-4.0] * 2
+    with pytest.raises(ValueError, match="ranges=.'beat': ....: there is no such argument; it has beta"):
+        gradkit.chain(Holder.inner, name="x", beta=1.0, ranges={"beat": gradkit.options.FRACTION})
+
+
+def test_links_that_are_no_chain_are_named():
+    class Forgets(gradkit.Optimizer):
+        def links(self, group):
+            return None
+
+    with pytest.raises(TypeError, match=r"Forgets: links\(\) returned None; return chain"):
+        Forgets([torch.nn.Parameter(torch.ones(2))])
+
+
+def test_a_file_that_lacks_a_slot_or_has_an_argument_too_many_says_so(caplog):
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = gradkit.AdamW([p], transforms=[gradkit.transforms.clip_by_norm(1.0)])
+    optimizer.step()
+    file = optimizer.state_dict()
+    del file["state"][0]["exp_avg"]
+    gradkit.AdamW([torch.nn.Parameter(torch.ones(2))]).load_state_dict(file)
+    lacks, idle = (record.getMessage() for record in caplog.records)
+    assert lacks == "AdamW: the state dict lacks exp_avg: it starts fresh"
+    assert idle == "AdamW: the state dict's clip_by_norm.max_norm belongs to no link here: give the same transforms="

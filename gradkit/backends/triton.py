@@ -31,7 +31,7 @@ def why_not(batch: "Batch") -> str:
     from ..triton_kernels import launch, memory, source
 
     if memory.INTERPRETED.value != (batch.device.type == "cpu"):
-        needed = "the CPU, for TRITON_INTERPRET is set" if memory.INTERPRETED.value else "a GPU"
+        needed = "the CPU, for TRITON_INTERPRET is set" if memory.INTERPRETED.value else "a GPU or TRITON_INTERPRET=1"
         return f"Triton needs {needed}, these parameters are on {batch.device}"
     try:
         for ps in batch.program.passes:
