@@ -69,7 +69,8 @@ class Optimizer(torch.optim.Optimizer):
     def _check_values(self, values: Mapping[str, Any]) -> None:
         whole = (*self.transforms, *([self.chain] if self.chain else []))
         of_chains = {f"{c.name}.{n}": allowed for x in whole for c in x.walk() for n, allowed in c.ranges.items()}
-        check_values(type(self).__name__, values, own_defaults(type(self)), {**self.ranges, **of_chains})
+        defaults = getattr(self, "defaults", None) or own_defaults(type(self))
+        check_values(type(self).__name__, values, defaults, {**self.ranges, **of_chains})
 
     def links(self, group: Mapping[str, Any]) -> Chain:
         """The chain for one group: a pure function of its values."""

@@ -4,7 +4,6 @@ import difflib
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -121,8 +120,7 @@ def check_values(who: str, values: Mapping[str, Any], defaults: Mapping[str, Any
             check_number(who, name, value, allowed)
 
 
-@cache
-def own_defaults(cls: Any) -> dict[str, Any]:
+def own_defaults(cls: type) -> dict[str, Any]:
     """The hyperparameters that the constructors of a class name, with their defaults."""
     signatures = [inspect.signature(vars(c)["__init__"]) for c in reversed(cls.__mro__) if "__init__" in vars(c)]
     named = [p for s in signatures for p in s.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -12,7 +12,8 @@ TABLE = {
     ("reference", torch.float32, ANY): 2e-5,
     ("reference", torch.float64, ANY): 1e-12,
     # where sums are formed in another order, or a polynomial stands for exp; elsewhere backends agree in every bit
-    ("backends", torch.float32, "native"): 2e-6,
+    # float32 lanes of 1,024 elements are off by up to 1e-6 in a sum; StableSPAM has one measure behind another
+    ("backends", torch.float32, "native"): 3e-6,
     ("backends", torch.float32, "chunked"): 2e-6,
     ("backends", torch.float32, "triton"): 2e-6,
     ("backends", torch.float64, "native"): 1e-14,
