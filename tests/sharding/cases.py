@@ -32,6 +32,8 @@ OPTIMIZERS = {
     "AdEMAMix": gradkit.AdEMAMix,
     "Grokfast": gradkit.Grokfast,
     "Grokfast-ma": partial(gradkit.Grokfast, filter="ma", window=2),
+    "SPAM": partial(gradkit.SPAM, reset_every=2, clip_free_steps=1, threshold=3.0),
+    "StableSPAM": partial(gradkit.StableSPAM, reset_every=2),
 }
 
 
