@@ -22,6 +22,7 @@ from tests.reference import (
     grokfast_ema,
     grokfast_ma,
     lion,
+    norm_growth_limit,
     sgd,
     spam,
     spike_clip,
@@ -284,6 +285,14 @@ CASES = (
         filtered(stablespam.adagn),
         {"gammas": (0.5, 0.8)},
         limits=("test_adagn_ignores_the_gradients_scale",),
+        exact=False,
+    ),
+    Case(
+        "norm_growth_limit",
+        sgd_behind(tx.norm_growth_limit),
+        direction(norm_growth_limit.direction),
+        {"gamma": 1.05},
+        limits=("test_the_norm_of_an_update_grows_slowly",),
         exact=False,
     ),
     Case(

@@ -352,3 +352,15 @@ def test_stablespam_forgets_no_average_at_a_reset(backend):
     state = optimizer.state[p]
     assert (float(state["step"]), float(state["stat_step"])) == (1.0, 2.0)
     assert float(state["absmax_avg"]) == pytest.approx(1 - 0.999**2) and state["absmax_avg"].dtype == torch.float64
+
+
+@each_backend
+def test_the_norm_of_an_update_grows_slowly(backend):
+    p = torch.zeros(4, requires_grad=True)
+    chained = gradkit.chain(tx.norm_growth_limit(gamma=1.5))
+    optimizer, norms = gradkit.Optimizer([p], chained, lr=1.0, backend=backend), []
+    for size in (1.0, 100.0, 100.0, 0.5, 0.0, 7.0):
+        before = p.detach().clone()
+        replay(optimizer, [p], [[np.full(4, size / 2)]])
+        norms.append(float((p.detach() - before).norm()))
+    assert norms == pytest.approx([1.0, 1.5, 2.25, 0.5, 0.0, 7.0], rel=1e-6)

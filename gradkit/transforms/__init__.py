@@ -1,6 +1,6 @@
 """Transforms of gradients and updates, for any optimizer: `transforms=[clip_by_global_norm(1.0)]`."""
 
-from .clip import clip_by_global_norm, clip_by_norm, clip_by_value, spike_clip
+from .clip import clip_by_global_norm, clip_by_norm, clip_by_value, norm_growth_limit, spike_clip
 from .filter import grokfast_ema, grokfast_ma
 from .mask import cautious
 from .stable import adaclip, adagn
@@ -14,5 +14,6 @@ __all__ = [
     "clip_by_value",
     "grokfast_ema",
     "grokfast_ma",
+    "norm_growth_limit",
     "spike_clip",
 ]

@@ -1,14 +1,15 @@
 """Clipping of gradients: all together, each tensor, each value. Pascanu et al. 2013, https://arxiv.org/abs/1211.5063
 
 Spikes of a value over time: Huang et al. 2025, https://arxiv.org/abs/2501.06842
+Growth of a norm over time: Chen et al. 2024, https://arxiv.org/abs/2410.01623
 """
 
 import math
 
 from ..chain import Chain, chain
-from ..ops import absolute, isfinite, minimum, sign, sqrt, where
-from ..options import FRACTION, LIMIT
-from ..transform import derive, measure, rule
+from ..ops import absolute, isfinite, maximum, minimum, sign, sqrt, where
+from ..options import FRACTION, LIMIT, Range
+from ..transform import Stage, derive, measure, rule
 
 BELOW = {"max_norm": LIMIT}
 
@@ -64,6 +65,25 @@ def squares_of_each(u):
     return u * u
 
 
+def growth_coef(total, norm_before, gamma):
+    norm = sqrt(total)
+    grown = maximum(norm / (norm_before + 1e-8), gamma) / gamma
+    coef = where(norm_before > 0.0, 1.0 / grown, 1.0)
+    return coef, where(isfinite(norm), norm * coef, norm_before)
+
+
+@measure(
+    scope="tensor",
+    reduce={"total": "sum"},
+    state=("norm_before",),
+    gives=("coef",),
+    finish=growth_coef,
+    stage=Stage.UPDATE,
+)
+def squares_of_updates(u):
+    return u * u
+
+
 def clip_by_global_norm(max_norm: float, norm_type: float = 2, name: str | None = None) -> Chain:
     """Scale all gradients together so that their norm is at most `max_norm`, as torch's `clip_grad_norm_`.
 
@@ -100,3 +120,15 @@ def spike_clip(threshold: float = 5000.0, beta2: float = 0.999, name: str | None
     arguments = {"threshold": threshold, "beta2": beta2}
     ranges = {"threshold": LIMIT, "beta2": FRACTION}
     return chain(cut_spikes, derive=spike_scalars, name="spike_clip", ranges=ranges, **arguments).named(name)
+
+
+def norm_growth_limit(gamma: float = 1.01, name: str | None = None) -> Chain:
+    """Let the norm of each tensor's update grow by a factor of `gamma` in a step at most, as Fira does.
+
+    u <- u min(1, gamma n / |u|);        n <- |u|, what is left of it
+
+    The first update, and one behind an update of 0, is free.
+    """
+    ranges = {"gamma": Range("a number >= 1", 1, endless=True)}
+    made = chain(squares_of_updates, scale, name="norm_growth_limit", ranges=ranges, gamma=gamma)
+    return made.named(name)

@@ -58,6 +58,30 @@ MUTANTS = (
     *rows(
         "transforms/clip.py",
         ("clip: coefficient", "return u * coef", "return u", hostile("clip_by_global_norm_2")),
+        (
+            "growth limit: gamma",
+            "norm_before + 1e-8), gamma) / gamma",
+            "norm_before + 1e-8), 1.0)",
+            hostile("norm_growth_limit"),
+        ),
+        (
+            "growth limit: at least 1",
+            "maximum(norm / (norm_before + 1e-8), gamma)",
+            "norm / (norm_before + 1e-8)",
+            hostile("norm_growth_limit"),
+        ),
+        (
+            "growth limit: what is left counts",
+            "isfinite(norm), norm * coef,",
+            "isfinite(norm), norm,",
+            hostile("norm_growth_limit"),
+        ),
+        (
+            "growth limit: the first is free",
+            "where(norm_before > 0.0, 1.0 / grown, 1.0)",
+            "1.0 / grown",
+            hostile("norm_growth_limit"),
+        ),
         ("spike clip: cut", "sign(u) * sqrt(bound), u)", "u, u)", hostile("spike_clip")),
         ("spike clip: sign", "sign(u) * sqrt(bound)", "sqrt(bound)", hostile("spike_clip")),
         ("spike clip: no cut without a past", "(spike_sq > 0.0) & ", "", hostile("spike_clip", "zeros")),
