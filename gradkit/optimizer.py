@@ -142,7 +142,7 @@ class Optimizer(torch.optim.Optimizer):
             return loss
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{type(self).__name__}: a CUDA graph would repeat this step's numbers; step outside it")
-        values = [[v for k, v in g.items() if k not in BOOKKEEPING] for g in self.param_groups]
+        values = [[v for k, v in g.items() if k in self.defaults or "." in k] for g in self.param_groups]
         if values != self._checked:
             for group in self.param_groups:
                 self._check_values(group)

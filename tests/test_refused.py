@@ -284,3 +284,13 @@ def test_a_file_that_lacks_a_slot_or_has_an_argument_too_many_says_so(caplog):
     lacks, idle = (record.getMessage() for record in caplog.records)
     assert lacks == "AdamW: the state dict lacks exp_avg: it starts fresh"
     assert idle == "AdamW: the state dict's clip_by_norm.max_norm belongs to no link here: give the same transforms="
+
+
+def test_what_users_keep_in_a_group_is_theirs():
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = gradkit.AdamW([{"params": [p], "tag": torch.ones(3)}])
+    optimizer.step()
+    optimizer.param_groups[0]["tag"] = torch.zeros(3)
+    optimizer.step()
+    assert optimizer.param_groups[0]["clock"] == 2
