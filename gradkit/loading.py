@@ -72,6 +72,7 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
             group[key] = on_host(value)
     wanted: set[str] = set()
     lost: set[str] = set()
+    arguments: set[str] = set()
     taken: set[str] = set()
     for p, group, program, saved in pairs(optimizer, state_dict):
         dtypes, counters = program.layout(p, group), program.scalars.counters
@@ -89,12 +90,11 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
             optimizer.state.pop(p, None)
         if same and saved:
             lost |= {*dtypes, *counters} - {*saved}
+        arguments |= program.arguments.keys()
         wanted, taken = wanted | {*program.slots}, taken | {*slots}
     if lost:
         log.warning("%s: the state dict lacks %s: it starts fresh", type(optimizer).__name__, ", ".join(sorted(lost)))
     if same:
-        arguments = {f"{x.chain.name}.{n}" for g in optimizer.param_groups for x in optimizer.check_group(g).pieces
-                     for n in x.chain.arguments}  # fmt: skip
         idle = {k for g in optimizer.param_groups for k in g if "." in k} - arguments
         if idle:
             log.warning(

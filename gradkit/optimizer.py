@@ -90,11 +90,10 @@ class Optimizer(torch.optim.Optimizer):
         group = {k: v if k in ("params", "param_names") else builtin(v) for k, v in group.items()}
         group.setdefault("lr_ref", group["lr"])
         program = self.check_group(group, getattr(self, "param_groups", ()))
-        arguments = {f"{x.chain.name}.{n}": v for x in program.pieces for n, v in x.chain.arguments.items()}
         for name in param_group:
-            if "." in name and name not in arguments:
-                raise ValueError(f"{who}: the group's {name!r} belongs to no link{hint(name, arguments)}")
-        group = {**arguments, **group, "lr_ref": float(group["lr_ref"]), "algorithm": who}
+            if "." in name and name not in program.arguments:
+                raise ValueError(f"{who}: the group's {name!r} belongs to no link{hint(name, program.arguments)}")
+        group = {**program.arguments, **group, "lr_ref": float(group["lr_ref"]), "algorithm": who}
         if not getattr(self, "param_groups", None):
             group["clock"] = torch.zeros((), dtype=torch.float64)
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]

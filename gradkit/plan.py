@@ -58,6 +58,7 @@ class Program:
                 raise ValueError(f"{piece.label}: the ring {name!r} needs @derive('step', ...) on its chain")
         ends = [i for i, x in enumerate(pieces) if isinstance(x.link, Measure)] + [len(pieces)]
         self.passes = [Pass(pieces, end) for end in ends]
+        self.arguments = {f"{x.chain.name}.{n}": v for x in pieces for n, v in x.chain.arguments.items()}
         self.no_source = next((x.link.code.no_source for x in pieces if x.link.code.no_source), "")
 
     def key(self) -> tuple:
@@ -135,6 +136,7 @@ class Batch:
         self.group = [n for _, _, n in members]
         self.program, self.device, self.dtype, self.gdtype, slots, self.rounding, self.detour = kind
         self.slot_dtypes = dict(zip(self.program.slots, slots, strict=True))
+        self.cells: dict[int, list[float]] = {}  # of each measure over all tensors, what its `finish` asks for
         self.sharded = any(map(sharding.is_sharded, self.owners))  # a placement that can't be stepped raised by now
 
     def attach(self, state: Mapping[Tensor, dict]) -> None:

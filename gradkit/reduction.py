@@ -24,6 +24,8 @@ class Reduction:
     def begin(self, groups: Sequence[Mapping[str, Any]], clock: float) -> None:
         """Look up what `finish` asks for. Over all tensors that is one value."""
         self.cells = shared(self.placed, groups, clock) if self.link.scope == "all" else []
+        for batch, ps in self.parts:
+            batch.cells[ps.end] = self.cells
 
     def run(self, params: Sequence[Tensor], sharded: bool) -> None:
         """Reduce, complete over shards, and give the results to the batches."""

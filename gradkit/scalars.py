@@ -15,6 +15,11 @@ class Column(NamedTuple):
     measured: bool
     at: int
 
+    @property
+    def register(self) -> str:
+        """What kernels call it."""
+        return f"{'m' if self.measured else 'h'}{self.at}"
+
 
 def plain(value: Any) -> Any:
     """A hyperparameter as plain Python: tensors (also in tuples) as floats."""

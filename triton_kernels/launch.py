@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import random
-from ..scalars import shared
+from ..backends.blocks import blocks_of
 from . import source
 from .load import kernel
 from .memory import INTERPRETED
@@ -81,14 +81,6 @@ def send(words: Sequence[np.ndarray], device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-def blocks_of(sizes: Sequence[int], chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (tensor, number of its chunk), and how many each tensor has."""
-    counts = -(-np.array(sizes, np.int64) // chunk)
-    tensor = np.repeat(np.arange(len(counts)), counts)
-    number = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.stack([tensor, number], 1).astype(np.int32), counts
-
-
 class Kernel:
     """A compiled pass over the blocks of a batch."""
 
@@ -152,7 +144,7 @@ class Kernels:
     def begin(self) -> None:
         """Send what this step changes."""
         b = self.batch
-        cells = [x for ps in self.layout.shared for x in shared(ps.measure, b.groups, b.clock)]
+        cells = [x for ps in self.layout.shared for x in b.cells[ps.end]]
         entries = [b.positions[n] % [len(t) for t in b.slots[n]] for n in b.program.rings]
         rows = np.column_stack([b.table64, *(e[b.first] for e in entries)]).astype(np.float64)
         words = [np.array([int(b.clock)]), np.array(cells, np.float64), np.array(b.gradients, np.int64)]

@@ -98,10 +98,6 @@ class Source(NamedTuple):
     rules: dict[str, Any]
 
 
-def register(column: Column) -> str:
-    return f"{'m' if column.measured else 'h'}{column.at}"
-
-
 class Writer:
     """What the kernels of one pass have in common: from addresses to the registers u, p, g and s_<slot> of a tile."""
 
@@ -116,7 +112,7 @@ class Writer:
         if self.kahan:
             self.roles["rest"] = kind.dtype
         self.used = sorted({c for i, _ in ps.rules for c in kind.program.scalars.of[i]})
-        self.inputs = [*(f"P_{r}" for r in self.roles), *map(register, self.used)]
+        self.inputs = [*(f"P_{r}" for r in self.roles), *(c.register for c in self.used)]
 
     def function(self, name: str, plain: Any) -> str:
         """The name under which the text calls a function."""
@@ -134,7 +130,7 @@ class Writer:
                 f"A_{role} = {layout.of(role)}{entry}",
                 f"P_{role} = A_{role}.to(tl.pointer_type({TYPES[dtype]})) + start",
             ]
-        lines += [f"{register(c)} = spread({layout.scalar(c)}, TILE)" for c in self.used]
+        lines += [f"{c.register} = spread({layout.scalar(c)}, TILE)" for c in self.used]
         addresses = " | ".join(f"A_{role}" for role in self.roles)
         return [
             *lines,
@@ -150,7 +146,7 @@ class Writer:
         lines += ["g = -g"] * self.kind.program.maximize + ["u = g"]
         for i, placed in self.ps.rules:
             rule, registers = placed.link, [f"s_{n}" for n in placed.holds]
-            given = ["u", *rule.sees, *registers, *map(register, self.kind.program.scalars.of[i])]
+            given = ["u", *rule.sees, *registers, *(c.register for c in self.kind.program.scalars.of[i])]
             flows = "p" if rule.stage == Stage.WRITE else "u"
             name = self.function(f"r{i}_{rule.name}", rule)
             lines.append(f"{', '.join([flows, *registers])} = {name}({', '.join(given)})")

@@ -8,7 +8,6 @@ import torch
 
 from .. import random
 from ..language import Code
-from ..scalars import Column
 from ..transform import Measure, Stage
 
 if TYPE_CHECKING:
@@ -62,16 +61,12 @@ def inline(name: str, code: Code, given: list[str], results: list[str]) -> str:
     return f"/* {name} */ {{ {' '.join(lines)} }}"
 
 
-def scalar(column: Column) -> str:
-    return f"{'m' if column.measured else 'h'}{column.at}"
-
-
 def links(kind: "Kind", ps: "Pass") -> list[str]:
     """The rules of a pass, on the registers u, p, g and s_<slot>."""
     out = []
     for i, placed in ps.rules:
         rule, registers = placed.link, [f"s_{n}" for n in placed.holds]
-        given = ["u", *rule.sees, *registers, *map(scalar, kind.program.scalars.of[i])]
+        given = ["u", *rule.sees, *registers, *(c.register for c in kind.program.scalars.of[i])]
         flows = "p" if rule.stage == Stage.WRITE else "u"
         out.append(inline(placed.label, rule.code, given, [flows, *registers]))
     return out
@@ -111,7 +106,7 @@ def source(kind: "Kind", ps: "Pass") -> str:
     body += links(kind, ps)
     codes = [x.link.code for _, x in ps.rules] + ([ps.measure.link.code] if ps.measure else [])
     used = sorted({c for i, _ in ps.rules for c in kind.program.scalars.of[i]})
-    lets = [f"const T {scalar(c)} = {'M' if c.measured else 'H'}[{c.at}];" for c in used]
+    lets = [f"const T {c.register} = {'M' if c.measured else 'H'}[{c.at}];" for c in used]
     if ps.measure:
         loop, results = reduction(ps.measure.link, body), len(ps.measure.link.reduce)
     else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ccache
+from .blocks import blocks_of
 from .csource import BLOCK, JOB, source
 
 if TYPE_CHECKING:
@@ -76,10 +77,7 @@ class Compiled:
         b = batch
         self.size = np.array([p.numel() for p in b.params], np.int64)
         self.threads = max(1, int(self.size.sum()) // BLOCK)  # fewer elements are done before a thread has woken
-        counts = -(-self.size // BLOCK)
-        tensor = np.repeat(np.arange(len(counts)), counts)
-        number = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
-        self.blocks = np.ascontiguousarray(np.stack([tensor, number], 1).astype(np.int32))
+        self.blocks, counts = blocks_of(b.sizes, BLOCK)
         self.filled = np.flatnonzero(counts)
         self.starts = (np.cumsum(counts) - counts)[self.filled]
         columns = [b.slots[n] for n in ps.slots]

@@ -10,8 +10,15 @@ from ..ops import where
 from ..optimizer import Optimizer
 from ..options import FRACTION, STEPS, Number, Options, Range
 from ..transform import Stage, derive, rule
-from ..transforms.stable import largest_entry, norm_of_each, shrink_spikes, to_target
-from .adamw import adam, amsgrad
+from ..transforms.stable import (
+    adaclip_scalars,
+    adagn_scalars,
+    largest_entry,
+    norm_of_each,
+    shrink_spikes,
+    to_target,
+)
+from .adamw import adam, adam_scalars, amsgrad
 from .spam import reset_moments
 
 
@@ -30,11 +37,9 @@ def stablespam_scalars(betas, gammas, eps, step, stat_step, clock, total_steps, 
         b1, g1 = b1 * s, g1 * s
     resets = bool(reset_every) and clock % reset_every == 0
     k = 1.0 if resets else step
-    adam = {"w1": 1 - b1, "k2": b2, "w2": 1 - b2, "a": 1 / (1 - b1**k), "b": (1 - b2**k) ** -0.5, "e": eps}
     n = step if official_quirks else stat_step  # theirs is one counter, set back after the gradient was measured
-    measured = {"w3": 1 - g3, "c3": 1 / (1 - g3**n)}
-    measured |= {"v1": 1 - g1, "v2": 1 - g2, "c1": 1 / (1 - g1**n), "c2": 1 / (1 - g2**n)}
-    return {**adam, **measured, "reset": resets, "step": k}
+    measured = {**adaclip_scalars(g3, n), **adagn_scalars((g1, g2), n)}
+    return {**measured, **adam_scalars((b1, b2), eps, k), "reset": resets, "step": k}
 
 
 class StableSPAM(Optimizer):
