@@ -35,8 +35,7 @@ def contenders(model: Model, candidates: list[Any]) -> dict[Any, Contender]:
 
     optimizer = gradkit.AdamW(model.params, lr=LR, backend="triton")
     optimizer.step()
-    assert optimizer._plan is not None
-    (batch,) = optimizer._plan.batches
+    (batch,) = optimizer._plans["step"].batches
 
     def stepping(kernels: Kernels) -> Callable[[], None]:
         def step() -> None:

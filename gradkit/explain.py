@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 def describe(optimizer: "Optimizer") -> str:
     """One block for each batch of tensors that would run together."""
-    params = [p for g in optimizer.param_groups for p in g["params"]]
-    batches = optimizer.batches(params, [p.requires_grad or p.grad is not None for p in params])
-    lines = [f"{type(optimizer).__name__}: {len(params)} parameters, {len(batches)} batches"]
+    grads = expected(optimizer)
+    batches = optimizer.batches(grads)
+    lines = [f"{type(optimizer).__name__}: {len(grads)} parameters, {len(batches)} batches"]
     for batch in batches:
         backend, why = choose(optimizer.backend, batch)
         passes = batch.program.passes
@@ -39,6 +39,12 @@ def describe(optimizer: "Optimizer") -> str:
         lines.append(f"  state: {slots or 'none'}; {held(batch)} bytes; write-back {batch.rounding}")
         lines.append(f"  backend: {backend.name} ({why})")
     return "\n".join(lines)
+
+
+def expected(optimizer: "Optimizer") -> list[Tensor | None]:
+    """The gradients; before there are any, tensors of their kind."""
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    return [p if p.grad is None and p.requires_grad else p.grad for p in params]
 
 
 def short(dtype: torch.dtype) -> str:
@@ -83,7 +89,7 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
     state = optimizer.state
     optimizer.state = defaultdict(dict, {q: dict(slots) for q, slots in state.items()})
     try:
-        plan = optimizer._make_plan(params, grads, [])
+        plan = optimizer._make_plan(optimizer.check_group, params, grads, [])
     finally:
         optimizer.state = state
     for batch in plan.batches:

@@ -1,6 +1,6 @@
 """Optimizer: groups, state, loading, closure; runs a plan."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,7 @@ from .scalars import shared
 from .transform import Measure, Rule
 from .transforms.decay import last_links
 
+ProgramOf = Callable[[Mapping[str, Any]], Program]  # of a group
 BOOKKEEPING = ("params", "param_names", "clock", "lr_ref", "algorithm")
 
 
@@ -59,7 +60,7 @@ class Optimizer(torch.optim.Optimizer):
         for c in (*self.transforms, *([chain] if chain is not None else [])):
             if not isinstance(c, Chain):
                 raise TypeError(f"{who}: {c!r} is no chain or transform; call it, e.g. clip_by_global_norm(1.0)")
-        self._plan: Plan | None = None
+        self._plans: dict[Any, Plan] = {}  # by what runs
         self._checked: list = []
         self._programs: dict[tuple, Program] = {}
         defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
@@ -107,7 +108,7 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         param_group.update(group)  # as in torch, the user's own dict becomes the group
         self.param_groups[-1] = param_group
-        self._plan = None
+        self._plans = {}
 
     def check_group(self, group: Mapping[str, Any], beside: Iterable[Mapping[str, Any]] = ()) -> Program:
         """The chain that a group runs; raises if it lacks an order, a slot's owner or a scalar, or a value is wrong."""
@@ -135,8 +136,7 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = [p for g in self.param_groups for p in g["params"]]
-        grads = [p.grad for p in params]
+        grads = [p.grad for g in self.param_groups for p in g["params"]]
         if all(g is None for g in grads):
             return loss
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -146,13 +146,7 @@ class Optimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 self._check_values(group)
             self._checked = values
-        structure = [[shape_of(v) for k, v in g.items() if k not in BOOKKEEPING] for g in self.param_groups]
-        structure += [[self.backend, self.transforms]]  # compared as objects
-        plan = self._plan
-        if plan is None or not plan.fits(self.state, params, grads, structure):
-            plan = self._plan = self._make_plan(params, grads, structure)
-            if not plan.fits(self.state, params, grads, structure):
-                raise RuntimeError(f"{type(self).__name__}: parameters or gradients have no memory to step on")
+        plan = self._fitting("step", self.check_group, grads)
         plan.begin(self.param_groups)
         self.param_groups[0].setdefault("clock", torch.zeros((), dtype=torch.float64)).add_(1)
         for batch in plan.batches:  # nothing has changed up to here
@@ -161,18 +155,50 @@ class Optimizer(torch.optim.Optimizer):
         plan.apply()
         return loss
 
-    def batches(self, params: list[Tensor], active: list[bool]) -> list[Batch]:
-        """The active parameters by program, device and dtypes; makes and changes nothing."""
+    @torch.no_grad()
+    def run_beside(self, chain: Chain, grads: Sequence[Tensor | None], **values: Any) -> None:
+        """Run a chain that changes slots only, on one tensor a parameter, with `values` in every group. Nothing counts.
+
+        The slots are those of the optimizer's own chain.
+        """
+        groups = [{**g, **values} for g in self.param_groups]
+        made = chain.place()
+
+        def program_of(group: Mapping[str, Any]) -> Program:
+            return Program(made, {**group, **values})
+
+        if any(g is not None for g in grads):
+            plan = self._fitting(chain, program_of, grads)
+            plan.begin(groups)
+            plan.reduce()
+            plan.apply()
+
+    def _fitting(self, key: Any, program_of: ProgramOf, grads: Sequence[Tensor | None]) -> Plan:
+        """The plan of what `key` names, which holds the gradients; made anew if anything but values has changed."""
+        params = [p for g in self.param_groups for p in g["params"]]
+        structure = [[shape_of(v) for k, v in g.items() if k not in BOOKKEEPING] for g in self.param_groups]
+        structure += [[self.backend, self.transforms]]  # compared as objects
+        plan = self._plans.get(key)
+        if plan is None or not plan.fits(self.state, params, grads, structure):
+            plan = self._plans[key] = self._make_plan(program_of, params, grads, structure)
+            if not plan.fits(self.state, params, grads, structure):
+                raise RuntimeError(f"{type(self).__name__}: parameters or gradients have no memory to step on")
+        return plan
+
+    def batches(self, grads: Sequence[Tensor | None], program_of: ProgramOf | None = None) -> list[Batch]:
+        """The parameters that have a gradient by program, device and dtypes; makes and changes nothing."""
         members: dict[Kind, list[tuple[Tensor, int, int]]] = {}
-        numbered = enumerate(active)
+        numbered = enumerate(grads)
         for n, group in enumerate(self.param_groups):
-            program = self.check_group(group)
-            for p, (i, wanted) in zip(group["params"], numbered, strict=False):
-                if wanted:
-                    members.setdefault(kind_of(program, p, group), []).append((p, i, n))
+            program = (program_of or self.check_group)(group)
+            for p, (i, g) in zip(group["params"], numbered, strict=False):
+                if g is not None:
+                    members.setdefault(kind_of(program, p, g, group), []).append((p, i, n))
         return [Batch(kind, m, self.param_groups) for kind, m in members.items()]
 
-    def _make_plan(self, params: list[Tensor], grads: list[Tensor | None], structure: list) -> Plan:
+    def _make_plan(
+        self, program_of: ProgramOf, params: list[Tensor], grads: Sequence[Tensor | None], structure: list
+    ) -> Plan:
         who = type(self).__name__
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
             if g is not None and g.layout != torch.strided:
@@ -189,7 +215,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"{who}: parameter {i} is {tuple(p.shape)} on {p.device}, its gradient {tuple(g.shape)} on "
                     f"{g.device}; call zero_grad() after a parameter was replaced"
                 )
-        plan = Plan(self.batches(params, [g is not None for g in grads]), params, grads, structure)
+        plan = Plan(self.batches(grads, program_of), params, grads, structure)
         chosen = [choose(self.backend, batch)[0] for batch in plan.batches]
         self._make_state({p for p, g in zip(params, grads, strict=True) if p.requires_grad or g is not None})
         plan.attach(self.state)
@@ -216,7 +242,7 @@ class Optimizer(torch.optim.Optimizer):
         """Make all slots now, laid out as at that step."""
         params = {p for g in self.param_groups for p in g["params"] if p.requires_grad}
         self._make_state(params)
-        self._plan = None
+        self._plans = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load and merge: the same class goes on bitwise; from another optimizer, slots of our names are taken."""
@@ -234,7 +260,7 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             first.remove()
             then.remove()
-        self._plan = None
+        self._plans = {}
 
     def __getstate__(self) -> dict[str, Any]:
         ours = {"chain": self.chain, "transforms": self.transforms, "backend": self.backend}
@@ -242,7 +268,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._programs, self._checked = None, {}, []
+        self._plans, self._programs, self._checked = {}, {}, []
 
     def explain(self) -> str:
         """The plan as text: chain, passes, launches, bytes an element, state bytes, backend and why."""

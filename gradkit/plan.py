@@ -13,7 +13,7 @@ from . import sharding
 from .chain import Placed, share_slots
 from .reduction import order
 from .scalars import Scalars, look, number
-from .transform import Measure, Rule
+from .transform import Measure, Rule, Stage
 
 if TYPE_CHECKING:
     from .backends import Eager, Native, Triton
@@ -26,10 +26,11 @@ class Pass:
         self.measure: Any = pieces[end] if end < len(pieces) else None  # a Placed
         self.end = end
         self.memory = kept(self.measure) if self.measure else []
+        self.writes = self.measure is None and any(x.stage == Stage.WRITE for x in pieces)  # the parameter
         self.rules = [(i, x) for i, x in enumerate(pieces[:end]) if isinstance(x.link, Rule)]
         self.slots = list(dict.fromkeys(n for _, x in self.rules for n in x.holds))
         seen = [x.link.sees for x in (*(x for _, x in self.rules), *([self.measure] if self.measure else []))]
-        self.reads_p = self.measure is None or any("p" in names for names in seen)
+        self.reads_p = self.writes or any("p" in names for names in seen)
 
 
 def kept(piece: Placed) -> list[str]:
@@ -117,11 +118,10 @@ class Kind(NamedTuple):
         return compute_dtype(self.dtype)
 
 
-def kind_of(program: Program, p: Tensor, group: Mapping[str, Any]) -> Kind:
-    gdtype = (p if p.grad is None else p.grad).dtype
+def kind_of(program: Program, p: Tensor, g: Tensor, group: Mapping[str, Any]) -> Kind:
     slots = tuple(program.slot_dtype(n, p, group) for n in program.slots)
     rounding = rounding_of(p, group)
-    return Kind(program, p.device, p.dtype, gdtype, slots, rounding, detour(p, rounding))
+    return Kind(program, p.device, p.dtype, g.dtype, slots, rounding, detour(p, rounding))
 
 
 class Batch:
@@ -198,7 +198,7 @@ class Batch:
         self.grads, self.gradients = mine, pointers
         return True
 
-    def begin(self, clock: float) -> None:
+    def begin(self, groups: Sequence[Mapping[str, Any]], clock: float) -> None:
         """Make the coming step's table: a row for each distinct (group, counters). Nothing is counted yet."""
         self.after = {name: v + 1 for name, v in self.counters.items()}
         if not len(self.row) or any((v[self.first][self.row] != v).any() for v in self.after.values()):
@@ -210,7 +210,7 @@ class Batch:
         cells, sets = [], []
         for t in self.first.tolist():
             counters = {name: float(v[t]) for name, v in self.after.items()}
-            row, set_ = self.program.scalars.row(self.groups[self.group[t]], counters, clock)
+            row, set_ = self.program.scalars.row(groups[self.group[t]], counters, clock)
             cells.append(row)
             sets.append(set_)
         self.table64 = np.array(cells, np.float64).reshape(len(cells), -1)
@@ -290,7 +290,7 @@ class Plan:
         for reduction in self.reductions:
             reduction.begin(groups, clock)
         for batch in self.batches:
-            batch.begin(clock)
+            batch.begin(groups, clock)
 
     def reduce(self) -> None:
         for reduction in self.reductions:

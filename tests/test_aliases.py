@@ -77,7 +77,7 @@ def test_another_backend_is_taken_at_the_next_step():
     stepped(optimizer, p, [1.0])
     optimizer.backend = "chunked"
     stepped(optimizer, p, [1.0])
-    assert optimizer._plan.batches[0].backend.name == "chunked"
+    assert optimizer._plans["step"].batches[0].backend.name == "chunked"
 
 
 def test_a_compiler_that_fails_on_the_text_itself_leaves_auto_running(tmp_path, monkeypatch):

@@ -179,11 +179,11 @@ def apply(kind: "Kind", ps: "Pass") -> Source:
     """The whole chain, and the stores."""
     w = Writer(kind, ps)
     opening = w.opening()
-    if kind.rounding == "stochastic":
+    if kind.rounding == "stochastic" and ps.writes:
         random = {r: w.layout.of(r) for r in ("element", "index", "key")}
         opening += [*(f"{r} = {x}" for r, x in random.items()), "element += start", "clock = tl.load(step)"]
         w.inputs += [*random, "clock"]
-    body = w.links() + write(kind)
+    body = w.links() + write(kind) * ps.writes
     body += [stored(r, f"narrow({r}, {TYPES[d]})") for r, d in w.roles.items() if r.startswith("s_")]
     return w.text(APPLY, opening=opening, body=body, loop=[w.call()], ending=[])
 

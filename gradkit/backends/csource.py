@@ -101,7 +101,7 @@ def source(kind: "Kind", ps: "Pass") -> str:
         loads["p"] += f" + load_{STORAGE[kind.dtype][1]}(P_rest[i])"
     body = [f"T {r} = {x};" for r, x in loads.items()]
     body += ["g = -g;"] * kind.program.maximize + ["T u = g;"]
-    if kind.rounding == "kahan" and not ps.measure:
+    if kind.rounding == "kahan" and ps.writes:
         body.append("T p_before = p;")
     body += links(kind, ps)
     codes = [x.link.code for _, x in ps.rules] + ([ps.measure.link.code] if ps.measure else [])
@@ -111,9 +111,9 @@ def source(kind: "Kind", ps: "Pass") -> str:
         loop, results = reduction(ps.measure.link, body), len(ps.measure.link.reduce)
     else:
         stores = [f"P_{r}[i] = store_{STORAGE[d][1]}({r});" for r, d in roles.items() if r.startswith("s_")]
-        lines = "\n    ".join(body + write(kind) + stores)
+        lines = "\n    ".join(body + write(kind) * ps.writes + stores)
         loop, results = f"for (long i = 0; i < n; i++) {{\n    {lines}\n  }}", 0
-    constant = {"g"} if not ps.measure else set(roles)
+    constant = set(roles) if ps.measure else {"g"} if ps.writes else {"p", "g", "rest"}
     names = [("const " if r in constant else "") + f"{STORAGE[d][0]} *restrict P_{r}" for r, d in roles.items()]
     arguments = [f"({STORAGE[d][0]} *)pointers[{j} * tensors + t] + start" for j, d in enumerate(roles.values())]
     signature = ", ".join([*names, "const T *H", "const T *M", "double *out", "uint64_t element"])

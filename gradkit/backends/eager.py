@@ -104,7 +104,8 @@ class Eager:
                 p, *new = [x.clone() if any(x is y for y in old) else x for x in new]
                 for slot, x in zip(old, new, strict=True):
                     slot.copy_(x)
-                self.write(part, p, t)
+                if ps.writes:
+                    self.write(part, p, t)
 
     def write(self, part: Part, p: Tensor, t: int) -> None:
         """Store a parameter as its rounding says."""

@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gradkit.explain import expected
 from gradkit.triton_kernels import source
 from gradkit.triton_kernels.launch import SHAPES, options
 from gradkit.triton_kernels.load import kernel
@@ -44,8 +45,7 @@ class Build(NamedTuple):
 
 def builds(optimizer: Any, arch: str) -> Iterator[Build]:
     """The kernels that a step of this optimizer launches; its parameters may be on any device, or meta."""
-    params = [p for g in optimizer.param_groups for p in g["params"]]
-    for batch in optimizer.batches(params, [True] * len(params)):
+    for batch in optimizer.batches(expected(optimizer)):
         for ps in batch.program.passes:
             yield build(batch.kind, ps, source.measure if ps.measure else source.apply, arch)
 

@@ -11,6 +11,7 @@ import torch
 from builds import TARGETS, Build, builds, used
 
 import gradkit
+from gradkit.explain import expected
 from gradkit.plan import Batch, Pass
 from gradkit.transforms import cautious, clip_by_global_norm, clip_by_norm, grokfast_ema
 
@@ -64,7 +65,7 @@ def optimizer_of(name: str) -> gradkit.Optimizer:
 
 def passes_of(name: str, arch: str) -> Iterator[tuple[Batch, Pass, Row]]:
     optimizer = optimizer_of(name)
-    (batch,) = optimizer.batches(optimizer.param_groups[0]["params"], [True])
+    (batch,) = optimizer.batches(expected(optimizer))
     for ps, build in zip(batch.program.passes, builds(optimizer, arch), strict=True):
         yield batch, ps, row(build)
 

@@ -11,7 +11,7 @@ import pytest
 import triton
 from gate import CHAINS, TARGETS, optimizer_of, passes_of, table
 
-from gradkit.explain import moved
+from gradkit.explain import expected, moved
 
 LEAST = {"AdamW": 28, "AdamW bf16": 22, "Lion": 20, "Lion bf16": 14, "AdEMAMix": 36, "AdamW bf16, Kahan": 26}
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
@@ -36,7 +36,7 @@ def test_a_kernel_is_as_good_as_its_chain_allows(name, arch):
 @pytest.mark.parametrize("name", LEAST)
 def test_a_step_moves_the_bytes_of_its_state(name):
     optimizer = optimizer_of(name)
-    (batch,) = optimizer.batches(optimizer.param_groups[0]["params"], [True])
+    (batch,) = optimizer.batches(expected(optimizer))
     assert moved(batch, batch.program.passes[-1]) == LEAST[name]
 
 

@@ -23,6 +23,7 @@ from gradkit.triton_kernels import as_jit, launch
 from gradkit.triton_kernels.memory import INTERPRETED
 from tests import test_measures
 from tests.runs import ran_on
+from tests.test_beside import COLLECT, FACTOR, optimizer_of
 from tests.test_random import any_floats, int64, same_bits
 from tests.tolerance import assert_equal, tolerance
 
@@ -151,7 +152,7 @@ def test_the_result_does_not_depend_on_which_block_comes_last():
     optimizer.step()
     clipped = -p.detach()[0]
     torch.testing.assert_close(clipped, torch.tensor(1 / math.sqrt(3 * CHUNK)), **CLOSE)
-    joint = optimizer._plan.batches[0].backend.kernels.joints[0]
+    joint = optimizer._plans["step"].batches[0].backend.kernels.joints[0]
     assert joint.counters.tolist() == [0] and joint.partials.flatten().tolist() == [4.0 * CHUNK] * 3
     joint.counters += 1  # what the last block has stored in the step before still stands
     optimizer.step()
@@ -238,6 +239,18 @@ def test_other_backends_in_a_measure_get_totals():
         p.grad = torch.full_like(p, 2.0)
     optimizer = gradkit.Optimizer(params, chain(tx.clip_by_global_norm(1.0)), lr=1.0, backend="triton")
     optimizer.step()
-    assert {b.backend.name for b in optimizer._plan.batches} == {"triton", "eager"}
+    assert {b.backend.name for b in optimizer._plans["step"].batches} == {"triton", "eager"}
     for p in params:
         torch.testing.assert_close(-p.detach(), torch.full_like(p, 1 / math.sqrt(10_000)), **CLOSE)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+def test_a_chain_beside_the_steps_changes_slots_alone(rounding):
+    params, optimizer = optimizer_of("triton", torch.bfloat16, rounding=rounding)
+    before = [p.detach().clone() for p in params]
+    optimizer.run_beside(COLLECT, [torch.full((5,), 2.0), None], factor=FACTOR)
+    assert optimizer._plans[COLLECT].batches[0].backend.name == "triton"
+    assert torch.equal(optimizer.state[params[0]]["seen"], torch.full((5,), 2.0 * FACTOR))
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    optimizer.run_beside(COLLECT, [torch.full((5,), torch.nan), torch.ones(3)], factor=FACTOR)
+    assert not optimizer.state[params[1]]["seen"].any()

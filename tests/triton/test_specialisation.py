@@ -172,7 +172,7 @@ def test_every_kind_of_kernel_compiles_for(arch):
     for rounding in ("stochastic", "kahan"):
         optimizer = gradkit.Grokfast([p], filter="ma", rounding=rounding, transforms=transforms)
         assert [b.name for b in builds(optimizer, arch) if b.compile()] == ["measure", "measure", "apply"]
-    (batch,) = optimizer.batches([p], [True])
+    (batch,) = optimizer.batches([p])
     for ps in batch.program.passes[:2]:
         assert build(batch.kind, ps, source.totals, arch).compile()
 
@@ -225,7 +225,7 @@ def test_a_kernel_is_compiled_before_a_step_counts_on_it(compiled, monkeypatch):
     monkeypatch.setattr(triton.compiler.CompiledKernel, "run", property(loaded.append))
     params = parameters(16, 7)
     optimizer = gradkit.AdamW(params, transforms=[tx.clip_by_global_norm(1.0)], backend="triton")
-    (batch,) = optimizer.batches(params, [True, True])
+    (batch,) = optimizer.batches(params)
     for ps in batch.program.passes:
         launch.prepare(batch.kind, ps, source.measure if ps.measure else source.apply)
     assert len(loaded) == 2
@@ -239,7 +239,7 @@ def test_a_gpu_that_triton_cannot_reach_falls_back_before_anything_counts(failur
         raise failure
 
     (p,) = parameters(3)
-    (batch,) = gradkit.AdamW([p]).batches([p], [True])
+    (batch,) = gradkit.AdamW([p]).batches([p])
     batch.device = torch.device("cuda", 0)
     monkeypatch.setattr(launch, "prepare", fails)
     backend, why = backends.choose("auto", batch)

@@ -171,7 +171,7 @@ def test_only_full_aligned_tiles_go_the_fast_way(offset, fast, moved, monkeypatc
     optimizer.state[p]["exp_avg"] = torch.zeros(p.numel() + offsets["slot"])[offsets["slot"] :]
     p.grad = torch.ones(p.numel() + offsets["gradient"])[offsets["gradient"] :]
     optimizer.step()
-    kernel, seen = optimizer._plan.batches[0].backend.kernels.last, []
+    kernel, seen = optimizer._plans["step"].batches[0].backend.kernels.last, []
     scope = kernel.run.fn.__globals__
     tile = scope["tile"]
     monkeypatch.setitem(scope, "tile", lambda *given: seen.append(given[-2]) or tile(*given))
@@ -243,7 +243,7 @@ def test_trace_under_triton_ends_in_the_step():
 
 def test_the_interpreter_is_not_given_addresses_on_a_gpu():
     p = torch.ones(3, requires_grad=True)
-    (batch,) = gradkit.AdamW([p]).batches([p], [True])
+    (batch,) = gradkit.AdamW([p]).batches([p])
     batch.device = torch.device("cuda", 0)
     backend, why = backends.choose("auto", batch)
     assert backend is backends.Chunked and "Triton needs the CPU, for TRITON_INTERPRET is set" in why
