@@ -36,6 +36,7 @@ def describe(optimizer: "Optimizer") -> str:
         slots = ", ".join(f"{n} {short(d)}" for n, d in batch.slot_dtypes.items())
         slots += ", compensation" if batch.rounding == "kahan" else ""
         slots += "".join(f", {n} a tensor" for n in batch.program.memory)
+        slots += "".join(f", {n} once" for n in batch.program.shared)
         lines.append(f"  state: {slots or 'none'}; {held(batch)} bytes; write-back {batch.rounding}")
         lines.append(f"  backend: {backend.name} ({why})")
     return "\n".join(lines)
@@ -86,12 +87,13 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
     grads = [q.grad for q in params]
     if not any(q is p for q in params) or p.grad is None:
         raise ValueError("trace: give a parameter of this optimizer that has a gradient: call it after backward()")
-    state = optimizer.state
+    state, groups = optimizer.state, optimizer.param_groups
+    optimizer.param_groups = [dict(g) for g in groups]
     optimizer.state = defaultdict(dict, {q: dict(slots) for q, slots in state.items()})
     try:
         plan = optimizer._make_plan(optimizer.check_group, params, grads, [])
     finally:
-        optimizer.state = state
+        optimizer.state, optimizer.param_groups = state, groups
     for batch in plan.batches:
         batch.backend = Eager(batch)
         batch.bind(grads)

@@ -90,8 +90,10 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
             optimizer.state.pop(p, None)
         if same and saved:
             lost |= {*dtypes, *counters} - {*saved}
-        arguments |= program.arguments.keys()
+        arguments |= {*program.arguments, *program.shared}
         wanted, taken = wanted | {*program.slots}, taken | {*slots}
+    if same:
+        lost |= optimizer._kept - {*state_dict["param_groups"][0]}
     if lost:
         log.warning("%s: the state dict lacks %s: it starts fresh", type(optimizer).__name__, ", ".join(sorted(lost)))
     if same:

@@ -63,6 +63,7 @@ class Optimizer(torch.optim.Optimizer):
         self._plans: dict[Any, Plan] = {}  # by what runs
         self._checked: list = []
         self._programs: dict[tuple, Program] = {}
+        self._kept: set[str] = set()  # what the first group holds for measures over all tensors
         defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
         self._check_values({**defaults, "backend": self.backend})
         super().__init__(params, defaults)
@@ -91,9 +92,10 @@ class Optimizer(torch.optim.Optimizer):
         group = {k: v if k in ("params", "param_names") else builtin(v) for k, v in group.items()}
         group.setdefault("lr_ref", group["lr"])
         program = self.check_group(group, getattr(self, "param_groups", ()))
+        known = {*program.arguments, *program.shared}
         for name in param_group:
-            if "." in name and name not in program.arguments:
-                raise ValueError(f"{who}: the group's {name!r} belongs to no link{hint(name, program.arguments)}")
+            if "." in name and name not in known:
+                raise ValueError(f"{who}: the group's {name!r} belongs to no link{hint(name, known)}")
         group = {**program.arguments, **group, "lr_ref": float(group["lr_ref"]), "algorithm": who}
         if not getattr(self, "param_groups", None):
             group["clock"] = torch.zeros((), dtype=torch.float64)
@@ -108,6 +110,9 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         param_group.update(group)  # as in torch, the user's own dict becomes the group
         self.param_groups[-1] = param_group
+        for name in program.shared:
+            self.param_groups[0].setdefault(name, torch.zeros((), dtype=torch.float64))
+        self._kept.update(program.shared)
         self._plans = {}
 
     def check_group(self, group: Mapping[str, Any], beside: Iterable[Mapping[str, Any]] = ()) -> Program:
@@ -141,7 +146,10 @@ class Optimizer(torch.optim.Optimizer):
             return loss
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{type(self).__name__}: a CUDA graph would repeat this step's numbers; step outside it")
-        values = [[v for k, v in g.items() if k in self.defaults or "." in k] for g in self.param_groups]
+        values = [
+            [v for k, v in g.items() if (k in self.defaults or "." in k) and k not in self._kept]
+            for g in self.param_groups
+        ]
         if values != self._checked:
             for group in self.param_groups:
                 self._check_values(group)
@@ -176,12 +184,14 @@ class Optimizer(torch.optim.Optimizer):
     def _fitting(self, key: Any, program_of: ProgramOf, grads: Sequence[Tensor | None]) -> Plan:
         """The plan of what `key` names, which holds the gradients; made anew if anything but values has changed."""
         params = [p for g in self.param_groups for p in g["params"]]
-        structure = [[shape_of(v) for k, v in g.items() if k not in BOOKKEEPING] for g in self.param_groups]
+        idle = {*BOOKKEEPING, *self._kept}
+        structure = [[shape_of(v) for k, v in g.items() if k not in idle] for g in self.param_groups]
         structure += [[self.backend, self.transforms]]  # compared as objects
         plan = self._plans.get(key)
-        if plan is None or not plan.fits(self.state, params, grads, structure):
+        now = params, grads, structure, self.param_groups[0]
+        if plan is None or not plan.fits(self.state, *now):
             plan = self._plans[key] = self._make_plan(program_of, params, grads, structure)
-            if not plan.fits(self.state, params, grads, structure):
+            if not plan.fits(self.state, *now):
                 raise RuntimeError(f"{type(self).__name__}: parameters or gradients have no memory to step on")
         return plan
 
@@ -218,7 +228,7 @@ class Optimizer(torch.optim.Optimizer):
         plan = Plan(self.batches(grads, program_of), params, grads, structure)
         chosen = [choose(self.backend, batch)[0] for batch in plan.batches]
         self._make_state({p for p, g in zip(params, grads, strict=True) if p.requires_grad or g is not None})
-        plan.attach(self.state)
+        plan.attach(self.state, self.param_groups[0])
         for batch, backend in zip(plan.batches, chosen, strict=True):
             batch.backend = backend(batch)
         return plan
@@ -263,7 +273,7 @@ class Optimizer(torch.optim.Optimizer):
         self._plans = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {"chain": self.chain, "transforms": self.transforms, "backend": self.backend}
+        ours = {n: vars(self)[n] for n in ("chain", "transforms", "backend", "_kept")}
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

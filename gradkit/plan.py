@@ -34,8 +34,9 @@ class Pass:
 
 
 def kept(piece: Placed) -> list[str]:
-    """What `state[p]` calls the numbers that a measure keeps."""
-    return [piece.chain.prefix + name for name in piece.link.state]
+    """What the numbers that a measure keeps are called in `state[p]`; over all tensors, in the first group."""
+    start = f"{piece.chain.name}." if piece.link.scope == "all" else piece.chain.prefix
+    return [start + name for name in piece.link.state]
 
 
 class Program:
@@ -47,8 +48,16 @@ class Program:
         self.scalars = Scalars(pieces, group)
         self.slots = {name: slot for name, (_, slot) in owners.items()}
         self.rings = {name: piece for name, (piece, slot) in owners.items() if slot.kind == "ring"}
-        named = [(x, n) for x in pieces if isinstance(x.link, Measure) for n in kept(x)]
+        keeping = [x for x in pieces if isinstance(x.link, Measure) and x.link.state]
+        named = [(x, n) for x in keeping if x.link.scope == "tensor" for n in kept(x)]
         self.memory = [name for _, name in named]
+        self.shared = [n for x in keeping if x.link.scope == "all" for n in kept(x)]
+        for x in keeping:
+            if x.link.scope == "all" and (not x.chain.name or {*x.link.state} & {*x.chain.arguments}):
+                raise ValueError(
+                    f"{x.label} keeps {', '.join(x.link.state)} in the first group: give its chain name=, and "
+                    f"arguments other names"
+                )
         taken = [*self.scalars.counters, "compensation"]
         for piece, name in [*((x, n) for n, (x, _) in owners.items()), *named]:
             if name in taken:
@@ -159,6 +168,7 @@ class Batch:
         names = self.program.memory  # one table; the state holds 0-d views of it
         rows = [[s[n] for n in names] or [torch.zeros((), dtype=torch.float64, device=self.device)] for s in states]
         self.memory = torch.stack([torch.stack(row) for row in rows])
+        self.shared: dict[int, Tensor] = {}  # of each measure over all tensors, what it keeps
         for s, kept_ in zip(states, self.memory.unbind(), strict=True):
             s.update(zip(names, kept_.unbind(), strict=False))
         columns = len(self.program.scalars.measured)
@@ -266,12 +276,16 @@ class Plan:
         self.reductions = order(batches)
         self.sharded = any(map(sharding.is_sharded, params))  # also those without a gradient on this rank
 
-    def attach(self, state: Mapping[Tensor, dict]) -> None:
+    def attach(self, state: Mapping[Tensor, dict], first: dict[str, Any]) -> None:
+        """Take hold of the state, and of what the first group holds for measures over all tensors."""
         for batch in self.batches:
             batch.attach(state)
+        for reduction in self.reductions:
+            reduction.attach(first)
         self.state = everything(state)
+        self.shared = {n: first[n] for b in self.batches for n in b.program.shared}
 
-    def fits(self, state: Mapping, params: list[Tensor], grads: Sequence[Any], structure: list) -> bool:
+    def fits(self, state: Mapping, params: list[Tensor], grads: Sequence[Any], structure: list, first: dict) -> bool:
         """Whether nothing has changed but values: the same parameters, state, options and kinds of gradients.
 
         If so the batches hold the gradients.
@@ -281,6 +295,7 @@ class Plan:
             and [g is None for g in grads] == self.missing
             and structure == self.structure
             and same(everything(state), self.state)
+            and all(first.get(n) is x for n, x in self.shared.items())
             and all([b.bind(grads) for b in self.batches])
         )
 

@@ -21,6 +21,16 @@ class Reduction:
         self.parts, self.placed = parts, parts[0][1].measure
         self.link = self.placed.link
 
+    def attach(self, first: dict[str, Any]) -> None:
+        """Over all tensors: one vector of what the measure keeps; the first group holds 0-d views of it."""
+        batch, ps = self.parts[0]
+        self.kept = torch.zeros(len(self.link.state), dtype=torch.float64, device=batch.device)
+        if self.link.scope == "all":
+            for name, view in zip(ps.memory, self.kept.unbind(), strict=True):
+                first[name] = view.copy_(first[name])
+            for batch, ps in self.parts:
+                batch.shared[ps.end] = self.kept
+
     def begin(self, groups: Sequence[Mapping[str, Any]], clock: float) -> None:
         """Look up what `finish` asks for. Over all tensors that is one value."""
         self.cells = shared(self.placed, groups, clock) if self.link.scope == "all" else []
@@ -41,13 +51,16 @@ class Reduction:
         if self.link.scope == "all":
             device = parts[0].device
             cells = [torch.tensor(c, dtype=torch.float64, device=device) for c in self.cells]
-            given = [self.finish(torch.cat([x.to(device) for x in parts]), cells)] * len(self.parts)
+            values = self.finish(torch.cat([x.to(device) for x in parts]), [*self.kept, *cells])
+            for cell, value in zip(self.kept, values[len(self.link.gives) :], strict=True):
+                cell.copy_(value)
+            given = [values[: len(self.link.gives)]] * len(self.parts)
         else:
             given = [self.finish(x, cells_of(b, ps)) for x, (b, ps) in zip(parts, self.parts, strict=True)]
         for (batch, ps), values in zip(self.parts, given, strict=True):
             for name, value in zip(self.link.gives, values, strict=False):
                 batch.measured[:, batch.program.scalars.measured.index((ps.measure.chain, name))] = value
-            for name, value in zip(ps.memory, values[len(self.link.gives) :], strict=True):
+            for name, value in zip(ps.memory, values[len(self.link.gives) :], strict=False):
                 batch.memory[:, batch.program.memory.index(name)] = value
 
     def finish(self, totals: Tensor, cells: list[Tensor]) -> tuple[Tensor, ...]:

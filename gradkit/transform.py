@@ -111,7 +111,8 @@ class Measure(Link):
     reduce: a name for each value that the map returns -> "sum", "mean" or "max" (from 0: meant for magnitudes).
     finish: `(reductions, state, scalars) -> gives, state`, in the rule language with arithmetic among scalars, in
         float64. Over all tensors it reads its chain's arguments, the clock, and of the groups the first.
-    state: names of numbers that each tensor keeps from step to step, zero at first.
+    state: names of numbers that it keeps from step to step, zero at first: of each tensor, in `state[p]`; over all, in
+        the first group, as `<chain's name>.<name>`.
     """
 
     def __init__(
@@ -123,8 +124,6 @@ class Measure(Link):
         self.gives, self.state = listed_names(self.name, "gives", gives), listed_names(self.name, "state", state)
         if scope not in ("tensor", "all"):
             raise ValueError(f"{self.name}: scope={scope!r}; use 'tensor' or 'all'")
-        if self.state and scope != "tensor":
-            raise ValueError(f"{self.name}: state={self.state!r} is kept for each tensor: it needs scope='tensor'")
         for how in self.reduce.values():
             if how not in REDUCTIONS:
                 raise ValueError(f"{self.name}: reduce {how!r}; use one of {', '.join(REDUCTIONS)}")

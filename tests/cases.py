@@ -27,6 +27,7 @@ from tests.reference import (
     spam,
     spike_clip,
     stablespam,
+    zclip,
 )
 from tests.reference.trajectory import Run
 
@@ -294,6 +295,24 @@ CASES = (
         {"gamma": 1.05},
         limits=("test_the_norm_of_an_update_grows_slowly",),
         exact=False,
+    ),
+    *(
+        Case(
+            f"zclip{name}",
+            sgd_behind(tx.zclip),
+            lambda **arguments: {"direction": sgd.direction, "filters": (zclip.Filter(**arguments),)},
+            {"alpha": 0.8, "z_thresh": 1.0, "max_grad_norm": 7.4, "warmup_steps": 3, **more},
+            golden=golden,
+            limits=("test_zclip_leaves_steady_gradients_alone",),
+            exact=False,
+            coupled=True,
+        )
+        for name, more, golden in (
+            ("", {}, {"tx_zclip__default_w5": {}}),
+            ("_mean", {"clip_option": "mean", "max_grad_norm": None, "z_thresh": 4.0}, {}),
+            ("_factor", {"clip_factor": 0.7, "max_grad_norm": None, "skip_update_on_spike": True}, {}),
+            ("_percentile", {"mode": "percentile", "max_grad_norm": None}, {"tx_zclip__percentile_nomax": {}}),
+        )
     ),
     Case(
         "spike_clip",

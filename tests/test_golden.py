@@ -22,6 +22,7 @@ OURS = {
 }
 LEFT_OUT = ("density", "density_param_idx")  # None in these files
 RUNS = [(case.name, file) for case in CASES for file in case.golden if not file.startswith("tx_")]
+ZCLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_zclip")]
 CLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_clip")]
 
 
@@ -59,7 +60,7 @@ class Golden:
 
 
 def test_every_golden_file_is_replayed():
-    assert {file for _, file in RUNS + CLIPS} == {x.stem for x in FOLDER.glob("*.npz")}
+    assert {file for _, file in RUNS + CLIPS + ZCLIPS} == {x.stem for x in FOLDER.glob("*.npz")}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,3 +119,28 @@ def test_clipping_by_global_norm_is_torchs(name, file, backend):
         clipped = arrays[f"out_{i}"]
         assert np.abs(clipped).max() < np.abs(grads[i]).max()
         np.testing.assert_allclose(-after.numpy(), clipped, rtol=tolerance("golden", torch.float32), atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "file"), ZCLIPS)
+def test_zclip_cuts_and_remembers_as_the_authors_do(name, file, backend):
+    """Thirty steps of SGD at lr 1, each from zero; five spikes among them."""
+    golden = Golden(file)
+    arrays, arguments = golden.arrays, {k: v for k, v in golden.meta["hyperparameters"].items() if k != "eps"}
+    shapes = [arrays[f"grad_0_{k}"].shape for k in "ab"]
+    params = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+    optimizer = BY_NAME[name].build(params, lr=1.0, backend=backend, **arguments)
+    cut = 0
+    for t in range(30):
+        grads = [arrays[f"grad_{t}_{k}"] for k in "ab"]
+        for p, g in zip(params, grads, strict=True):
+            p.detach().zero_()
+            p.grad = torch.tensor(g)
+        optimizer.step()
+        for p, g, k in zip(params, grads, "ab", strict=True):
+            np.testing.assert_allclose(-p.detach().numpy(), arrays[f"out_{t}_{k}"], rtol=1e-6)
+            cut += not np.allclose(g, arrays[f"out_{t}_{k}"])
+        if not np.isnan(arrays["mean"][t]):
+            kept = [float(optimizer.param_groups[0][f"zclip.{n}"]) for n in ("mean", "var")]
+            np.testing.assert_allclose(kept, [arrays["mean"][t], arrays["var"][t]], rtol=1e-6)
+    assert cut >= 8 and ran_on(optimizer) == {backend}

@@ -355,6 +355,26 @@ def test_stablespam_forgets_no_average_at_a_reset(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("mode", ["zscore", "percentile"])
+def test_zclip_leaves_steady_gradients_alone(mode, backend):
+    """And one that isn't finite out of its statistics."""
+    p = torch.zeros(2, requires_grad=True)
+    clip = tx.zclip(warmup_steps=4, max_grad_norm=None, mode=mode)
+    optimizer, moved, kept = gradkit.Optimizer([p], clip, lr=1.0, backend=backend), [], []
+    nan, inf = float("nan"), float("inf")
+    for size in (3.0, 4.0, 3.5, nan, 4.5, 4.0, 3.0, 1e6, inf, 4.0):
+        with torch.no_grad():
+            p.zero_()
+        replay(optimizer, [p], [[np.array([size, 0.0])]])
+        moved.append(-p[0].item())
+        kept.append([float(optimizer.param_groups[0][f"zclip.{n}"]) for n in ("count", "mean", "var")])
+    assert moved[:3] == [3.0, 4.0, 3.5] and moved[4:7] == [4.5, 4.0, 3.0] and moved[9] == 4.0
+    assert 3.5 < moved[7] < (4.0 if mode == "zscore" else 5.5) and not np.isfinite([moved[3], moved[8]]).any()
+    assert kept[3] == kept[2] and kept[8] == kept[7]
+    assert kept[4] == [4.0, pytest.approx(3.75), pytest.approx(0.3125)]
+
+
+@each_backend
 def test_the_norm_of_an_update_grows_slowly(backend):
     p = torch.zeros(4, requires_grad=True)
     chained = gradkit.chain(tx.norm_growth_limit(gamma=1.5))

@@ -1,6 +1,8 @@
 """Measures: over all tensors or each, in several groups and dtypes, with one or several values."""
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import gradkit
 from gradkit import chain, measure, rule
 from gradkit import transforms as tx
-from gradkit.ops import absolute, sign, sqrt, where
+from gradkit.ops import absolute, maximum, sign, sqrt, where
 from tests.cases import BACKENDS
 from tests.runs import ran_on
 from tests.tolerance import tolerance
@@ -142,3 +144,78 @@ def test_a_measure_may_reduce_and_give_several_values(backend):
     root = math.sqrt(5.0)
     expected = torch.tensor([[0.6 + 6.0, -0.8 + 6.0], [1.0 - (root + 1.0), 2.0 + root + 1.0]])
     torch.testing.assert_close(torch.stack(moves), expected, rtol=1e-4, atol=1e-4)  # differences of a hundred
+
+
+def running_max(largest, before):
+    return maximum(largest, before), maximum(largest, before)
+
+
+@measure(scope="all", reduce={"largest": "max"}, state=("before",), gives=("most",), finish=running_max)
+def most_so_far(u):
+    return absolute(u)
+
+
+@rule
+def over_most(u, most):
+    return u / maximum(u * 0.0 + most, 1e-3)
+
+
+SO_FAR = chain(most_so_far, over_most, name="so_far")
+
+
+def keeping(backend, *dtypes, **options):
+    params = [torch.zeros(3, dtype=dtype, requires_grad=True) for dtype in dtypes]
+    optimizer = gradkit.Optimizer([{"params": [p]} for p in params], SO_FAR, lr=1.0, backend=backend, **options)
+    return params, optimizer
+
+
+def give(params, *sizes):
+    for p, size in zip(params, sizes, strict=True):
+        p.grad = torch.full_like(p, size)
+
+
+@each_backend
+def test_what_a_measure_over_all_keeps_stands_once_in_the_first_group(backend):
+    params, optimizer = keeping(backend, torch.float32, torch.bfloat16)
+    first, second = optimizer.param_groups
+    give(params, 2.0, 4.0)
+    optimizer.step()
+    assert float(first["so_far.before"]) == 4.0 and "so_far.before" not in second
+    assert params[0].tolist() == [-0.5] * 3 and params[1].tolist() == [-1.0] * 3
+    plan = optimizer._plans["step"]
+    give(params, 1.0, 1.0)
+    optimizer.step()
+    assert float(first["so_far.before"]) == 4.0 and optimizer._plans["step"] is plan
+    first["so_far.before"] = torch.tensor(8.0)  # from outside
+    optimizer.step()
+    assert float(first["so_far.before"]) == 8.0 and first["so_far.before"].dtype == torch.float64
+    assert params[0].tolist() == [-0.5 - 0.25 - 0.125] * 3
+    assert "so_far.before once" in optimizer.explain()
+
+
+def test_looking_and_copying_leave_what_is_kept_alone():
+    params, optimizer = keeping("auto", torch.float32)
+    give(params, 2.0)
+    optimizer.step()
+    give(params, 16.0)
+    assert dict(optimizer.trace(params[0]))["over_most"].tolist() == [1.0] * 3
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        other.param_groups[0]["params"][0].grad = torch.full((3,), 32.0)
+        other.step()
+        assert float(other.param_groups[0]["so_far.before"]) == 32.0
+    assert float(optimizer.param_groups[0]["so_far.before"]) == 2.0
+
+
+def test_what_is_kept_for_all_needs_a_name_of_its_own():
+    p = torch.zeros(3, requires_grad=True)
+    with pytest.raises(ValueError, match="most_so_far keeps before in the first group: give its chain name="):
+        gradkit.Optimizer([p], chain(most_so_far, over_most))
+    with pytest.raises(ValueError, match="arguments other names"):
+        gradkit.Optimizer([p], chain(most_so_far, over_most, name="so_far", before=1.0))
+
+
+def test_a_file_without_what_is_kept_says_so(caplog):
+    (p,), optimizer = keeping("auto", torch.float32)
+    saved = gradkit.Optimizer([p], chain(), lr=1.0).state_dict()
+    optimizer.load_state_dict(saved)
+    assert "lacks so_far.before" in caplog.text

@@ -102,14 +102,19 @@ def test_the_reference_sees_every_argument(case):
         **dict.fromkeys(("betas", "gammas"), lambda x: tuple(b * 0.9 + 0.05 for b in x)),
         "amsgrad": lambda x: not x,
         "filter": lambda x: "ema",
-        "mode": lambda x: "mean",
+        "mode": lambda x: {"zscore": "percentile", "percentile": "zscore"}.get(x, "mean"),
+        "clip_option": lambda x: "adaptive_scaling",
+        "max_grad_norm": lambda x: 2.0 if x is None else None,
         "init": lambda x: "first",
         "warmup": lambda x: not x,
         "norm_type": lambda x: {1: 2, 2: 1}.get(x, 2),
         **dict.fromkeys(
-            ("window", "reset_every", "warmup_after_reset", "clip_free_steps", "total_steps"), lambda x: x + 1
+            ("window", "reset_every", "warmup_after_reset", "clip_free_steps", "total_steps", "warmup_steps"),
+            lambda x: x + 1,
         ),
-        **dict.fromkeys(("correct_bias", "reset_bias_correction", "official_quirks"), lambda x: not x),
+        **dict.fromkeys(
+            ("correct_bias", "reset_bias_correction", "official_quirks", "skip_update_on_spike"), lambda x: not x
+        ),
     }
     scenario = SCENARIOS["spike"]()
 

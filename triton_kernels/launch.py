@@ -118,7 +118,9 @@ class Joint:
         base = 0
         try:
             for one in self.kernels:
-                one.start(one.owner.batch.memory, self.table, self.partials, self.counters, base, self.outputs)
+                batch = one.owner.batch
+                kept = batch.shared.get(one.ps.end, batch.memory)
+                one.start(kept, self.table, self.partials, self.counters, base, self.outputs)
                 base += len(one.blocks)
         except BaseException:
             self.counters.zero_()  # blocks that ran have counted themselves

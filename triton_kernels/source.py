@@ -219,7 +219,9 @@ def measure(kind: "Kind", ps: "Pass") -> Source:
         cells = [f"{w.layout.scalar(c)}.to(tl.float64)" for c in kind.program.scalars.of[ps.end]]
     given = [f"v{i}" for i in range(len(link.gives))]
     totals = [f"x{j}" for j in range(len(link.reduce))]
-    places = [f"memory + t * {max(1, len(kind.program.memory))} + {kind.program.memory.index(n)}" for n in ps.memory]
+    columns = kind.program.memory
+    at = [f"t * {len(columns)} + {columns.index(n)}" if link.scope == "tensor" else i for i, n in enumerate(ps.memory)]
+    places = [f"memory + {x}" for x in at]
     kept = [f"k{i}" for i in range(len(places))]
     taken = [*totals, *(f"tl.load({place})" for place in places), *cells]
     last = [f"{', '.join([*given, *kept])} = {finish}({', '.join(taken)})"]

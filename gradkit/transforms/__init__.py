@@ -4,6 +4,7 @@ from .clip import clip_by_global_norm, clip_by_norm, clip_by_value, norm_growth_
 from .filter import grokfast_ema, grokfast_ma
 from .mask import cautious
 from .stable import adaclip, adagn
+from .zclip import zclip
 
 __all__ = [
     "adaclip",
@@ -16,4 +17,5 @@ __all__ = [
     "grokfast_ma",
     "norm_growth_limit",
     "spike_clip",
+    "zclip",
 ]

@@ -53,6 +53,7 @@ ROWS = (
     Row("grokfast_ma", gradkit.Grokfast, ADAM | {"grad_ring", "grad_head", "grad_tail"}, WINDOW, FILTERED),
     Row("spam", gradkit.SPAM, ADAM, SPIKES),
     Row("stablespam", gradkit.StableSPAM, ADAM, STABLE, slots("step", "stat_step"), AVERAGES, exact=False),
+    Row("zclip", gradkit.AdamW, ADAM, {"transforms": (tx.zclip(warmup_steps=3),)}, exact=False, coupled=True),
     Row("bounded", gradkit.AdamW, ADAM, {"transforms": BOUNDED}, exact=False, coupled=True),
 )
 

@@ -199,7 +199,8 @@ def test_our_classes_load_one_another(make, source, caplog):
         second.load_state_dict(first.state_dict())
     assert second.param_groups[0]["algorithm"] == make.row.cls.__name__ and second.param_groups[0]["lr"] == 0.02
     assert_equal(second.state[params[0]]["exp_avg"], first.state[params[0]]["exp_avg"])
-    assert (len(caplog.records) == 1) == (source is not make.row.cls)
+    lacks = any("zclip." in name for name in second.param_groups[0].keys() - first.param_groups[0].keys())
+    assert len(caplog.records) == (source is not make.row.cls or lacks)
     before = values(params)
     train(second, params, range(2, 4))
     assert_moved(before, values(params))

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import gradkit
-from gradkit.transforms import cautious, clip_by_global_norm, clip_by_norm, clip_by_value, grokfast_ma
+from gradkit.transforms import cautious, clip_by_global_norm, clip_by_norm, clip_by_value, grokfast_ma, zclip
 from tests.sharding import gradients, units
 from tests.sharding.units import equal, full, line, near, shard
 from tests.sharding.world import RANKS
@@ -183,6 +183,7 @@ def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
     sums = {"lr": 1e-2, "transforms": [clip_by_global_norm(0.1), clip_by_norm(0.05), cautious()]}
     elementwise = {"lr": 1e-2, "transforms": [clip_by_value(0.05), cautious()], "weight_decay": 0.1}
     largest = {"lr": 1e-2, "transforms": [clip_by_global_norm(0.01, norm_type=float("inf"))]}
+    scores = {"lr": 1e-2, "transforms": [zclip(warmup_steps=2, z_thresh=0.3)]}
     for backend in BACKENDS:
         for name, make in OPTIMIZERS.items():
             for kind, how, compare in (("sums", sums, near), ("elementwise", elementwise, equal)):
@@ -191,8 +192,9 @@ def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
                     f"agrees_with_one_process {name} {kind} {backend}",
                     partial(agrees_with_one_process, one, compare),
                 )
-        maximum = partial(gradkit.AdamW, **largest, backend=backend)
-        yield f"agrees_with_one_process AdamW largest {backend}", partial(agrees_with_one_process, maximum, equal)
+        for kind, how, compare in (("largest", largest, equal), ("zclip", scores, near)):
+            one = partial(gradkit.AdamW, **how, backend=backend)
+            yield f"agrees_with_one_process AdamW {kind} {backend}", partial(agrees_with_one_process, one, compare)
         for rounding in ("stochastic", "kahan"):
             case = partial(writes_back_the_bits_of_one_process, rounding, backend)
             yield f"writes_back_the_bits_of_one_process {rounding} {backend}", case
@@ -203,6 +205,9 @@ def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
     for name, flat in kinds:  # Lion and Grokfast have no kind of slot that these lack
         case = partial(resumes_bitwise, partial(OPTIMIZERS[name], **ring), flat, torch.float32)
         yield f"resumes_bitwise {name} {'flat' if flat else 'nested'}", case
+    for flat in (True, False):
+        early = partial(gradkit.AdamW, lr=1e-2, transforms=[zclip(warmup_steps=4, max_grad_norm=0.3)])
+        yield f"resumes_bitwise zclip {flat}", partial(resumes_bitwise, early, flat, torch.float32)
     how = {"lr": 1e-2, "weight_decay": 0.1, "decay": "independent", "transforms": [clip_by_global_norm(0.1)]}
     yield "resumes_bitwise independent", partial(resumes_bitwise, partial(gradkit.AdamW, **how), True, torch.float32)
     for rounding in ("stochastic", "kahan"):

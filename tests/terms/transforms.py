@@ -56,6 +56,37 @@ MUTANTS = (
         ),
     ),
     *rows(
+        "transforms/zclip.py",
+        ("ZClip: z-score", "score - z_thresh, norm", "-1.0, norm", hostile("zclip")),
+        ("ZClip: percentile", "norm - bound) > 0.0", "-1.0) > 0.0", hostile("zclip_percentile")),
+        ("ZClip: adaptive target", "z_thresh * std / (score / z_thresh)", "z_thresh * std", hostile("zclip")),
+        (
+            "ZClip: target mean",
+            "where(to_mean > 0.5, mean, ",
+            "where(to_mean > 2.0, mean, ",
+            hostile("zclip_mean", "spike"),
+        ),
+        ("ZClip: factor", ") * clip_factor)", "))", hostile("zclip_factor")),
+        ("ZClip: limit", "target = minimum(seen, limit)", "target = seen", hostile("zclip")),
+        ("ZClip: warm-up", "spike = (count >= warmup_steps) & ", "spike = (count >= 0.0) & ", hostile("zclip")),
+        ("ZClip: plain mean at first", "where(first, 1.0 / (count + 1.0), w)", "w", hostile("zclip")),
+        (
+            "ZClip: population variance at first",
+            "where(first, seen - mean, seen - mean_now)",
+            "(seen - mean_now)",
+            hostile("zclip"),
+        ),
+        ("ZClip: what a spike counts", "share * (seen - mean)", "share * (norm - mean)", hostile("zclip")),
+        ("ZClip: spikes that don't count", "where(spike, learns, 1.0) > 0.5", "1.0 > 0.5", hostile("zclip_factor")),
+        ("ZClip: memory", "mean = where(counted, mean_now, mean)", "mean = mean", hostile("zclip")),
+        (
+            "ZClip: what is not finite",
+            "counted = isfinite(norm) & ",
+            "counted = ",
+            limit("zclip_leaves_steady_gradients_alone", "zscore", "eager"),
+        ),
+    ),
+    *rows(
         "transforms/clip.py",
         ("clip: coefficient", "return u * coef", "return u", hostile("clip_by_global_norm_2")),
         (
