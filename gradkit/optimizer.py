@@ -1,6 +1,7 @@
 """Optimizer: groups, state, loading, closure; runs a plan."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
@@ -24,9 +25,9 @@ from .options import (
     refuse_flags,
     split_options,
 )
-from .plan import Batch, Kind, Plan, Program, kind_of
+from .plan import Batch, Kind, Member, Plan, Program, kind_of
 from .scalars import shared
-from .transform import Measure, Rule
+from .transform import Measure, Rule, listed_names
 from .transforms.decay import last_links
 
 ProgramOf = Callable[[Mapping[str, Any]], Program]  # of a group
@@ -67,12 +68,23 @@ class Optimizer(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
         self._check_values({**defaults, "backend": self.backend})
         super().__init__(params, defaults)
+        self._check_names()
 
     def _check_values(self, values: Mapping[str, Any]) -> None:
         whole = (*self.transforms, *([self.chain] if self.chain else []))
         of_chains = {f"{c.name}.{n}": allowed for x in whole for c in x.walk() for n, allowed in c.ranges.items()}
         defaults = getattr(self, "defaults", None) or own_defaults(type(self))
         check_values(type(self).__name__, values, defaults, {**self.ranges, **of_chains})
+
+    def _check_names(self) -> None:
+        """Raise if a transform's patterns match no parameter's name."""
+        who, names = type(self).__name__, [n for g in self.param_groups for n in g.get("param_names", ())]
+        for key, patterns in [(k, v) for g in self.param_groups for k, v in g.items() if k.endswith(".exclude") and v]:
+            if not names:
+                raise ValueError(f"{who}: {key}={patterns!r} needs names: give model.named_parameters()")
+            for pattern in listed_names(who, key, patterns):
+                if not any(fnmatchcase(n, pattern) for n in names):
+                    raise ValueError(f"{who}: {key}: {pattern!r} matches no parameter{hint(pattern, names)}")
 
     def links(self, group: Mapping[str, Any]) -> Chain:
         """The chain for one group: a pure function of its values."""
@@ -197,13 +209,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def batches(self, grads: Sequence[Tensor | None], program_of: ProgramOf | None = None) -> list[Batch]:
         """The parameters that have a gradient by program, device and dtypes; makes and changes nothing."""
-        members: dict[Kind, list[tuple[Tensor, int, int]]] = {}
+        members: dict[Kind, list[Member]] = {}
         numbered = enumerate(grads)
         for n, group in enumerate(self.param_groups):
             program = (program_of or self.check_group)(group)
-            for p, (i, g) in zip(group["params"], numbered, strict=False):
+            names = group.get("param_names") or [""] * len(group["params"])
+            for p, name, (i, g) in zip(group["params"], names, numbered, strict=False):
                 if g is not None:
-                    members.setdefault(kind_of(program, p, g, group), []).append((p, i, n))
+                    members.setdefault(kind_of(program, p, g, group), []).append(Member(p, i, n, name))
         return [Batch(kind, m, self.param_groups) for kind, m in members.items()]
 
     def _make_plan(
@@ -225,6 +238,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"{who}: parameter {i} is {tuple(p.shape)} on {p.device}, its gradient {tuple(g.shape)} on "
                     f"{g.device}; call zero_grad() after a parameter was replaced"
                 )
+        self._check_names()
         plan = Plan(self.batches(grads, program_of), params, grads, structure)
         chosen = [choose(self.backend, batch)[0] for batch in plan.batches]
         self._make_state({p for p, g in zip(params, grads, strict=True) if p.requires_grad or g is not None})

@@ -1,7 +1,8 @@
 """From groups and gradients to batches and passes: what runs, over which tensors, in which order. No math."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from fnmatch import fnmatchcase
+from itertools import accumulate, chain
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,7 +70,13 @@ class Program:
         ends = [i for i, x in enumerate(pieces) if isinstance(x.link, Measure)] + [len(pieces)]
         self.passes = [Pass(pieces, end) for end in ends]
         self.arguments = {f"{x.chain.name}.{n}": v for x in pieces for n, v in x.chain.arguments.items()}
+        self.by_row = any(ps.measure.link.scope == "row" for ps in self.passes if ps.measure)
         self.no_source = next((x.link.code.no_source for x in pieces if x.link.code.no_source), "")
+
+    def excluding(self, group: Mapping[str, Any], name: str) -> tuple[str, ...]:
+        """What is True for a parameter of this name: `<chain>.excluded`, where its argument `exclude` says so."""
+        made = [c.removesuffix(".exclude") for c in self.arguments if c.endswith(".exclude")]
+        return tuple(f"{c}.excluded" for c in made if any(fnmatchcase(name, x) for x in group[f"{c}.exclude"]))
 
     def key(self) -> tuple:
         """Equal for two groups that run the same code."""
@@ -130,7 +137,16 @@ class Kind(NamedTuple):
 def kind_of(program: Program, p: Tensor, g: Tensor, group: Mapping[str, Any]) -> Kind:
     slots = tuple(program.slot_dtype(n, p, group) for n in program.slots)
     rounding = rounding_of(p, group)
-    return Kind(program, p.device, p.dtype, g.dtype, slots, rounding, detour(p, rounding))
+    return Kind(program, p.device, p.dtype, g.dtype, slots, rounding, detour(program, p, rounding))
+
+
+class Member(NamedTuple):
+    """A parameter and its place."""
+
+    p: Tensor
+    at: int  # among all
+    group: int
+    name: str  # empty without names
 
 
 class Batch:
@@ -138,11 +154,12 @@ class Batch:
 
     backend: "Eager | Native | Triton"  # chosen when the plan is made
 
-    def __init__(self, kind: Kind, members: list[tuple[Tensor, int, int]], groups: list[dict]):
+    def __init__(self, kind: Kind, members: "list[Member]", groups: list[dict]):
         self.kind, self.compute, self.groups = kind, kind.compute, groups
-        self.owners = [p for p, _, _ in members]
-        self.index = [i for _, i, _ in members]  # among all parameters
-        self.group = [n for _, _, n in members]
+        self.owners = [x.p for x in members]
+        self.index = [x.at for x in members]
+        self.group = [x.group for x in members]
+        self.excluded = [kind.program.excluding(groups[x.group], x.name) for x in members]
         self.program, self.device, self.dtype, self.gdtype, slots, self.rounding, self.detour = kind
         self.slot_dtypes = dict(zip(self.program.slots, slots, strict=True))
         self.cells: dict[int, list[float]] = {}  # of each measure over all tensors, what its `finish` asks for
@@ -173,10 +190,20 @@ class Batch:
             s.update(zip(names, kept_.unbind(), strict=False))
         columns = len(self.program.scalars.measured)
         self.measured = torch.zeros(len(self.owners), max(1, columns), dtype=self.compute, device=self.device)
+        columns = len(self.program.scalars.by_row)
+        self.row_counts = [rows_of(p) if columns else 0 for p in self.params]
+        self.first_row = [0, *accumulate(self.row_counts)]
+        self.row_owner = torch.repeat_interleave(torch.tensor(self.row_counts)).to(self.device)
+        self.by_row = torch.zeros(len(self.row_owner), columns, dtype=self.compute, device=self.device)
         self.strides = [p.stride() for p in self.params]
         self.contiguous = all(p.is_contiguous() for p in self.params)
         self.row: np.ndarray = np.zeros(0, np.int32)
         self.first: np.ndarray = self.row
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Elements of a row of each tensor."""
+        return [n // max(1, rows) for n, rows in zip(self.sizes, self.row_counts, strict=True)]
 
     def bind(self, grads: Sequence[Tensor]) -> bool:
         """Take this step's gradients, unless parameters have moved or gradients are not of the planned kind.
@@ -212,7 +239,7 @@ class Batch:
         """Make the coming step's table: a row for each distinct (group, counters). Nothing is counted yet."""
         self.after = {name: v + 1 for name, v in self.counters.items()}
         if not len(self.row) or any((v[self.first][self.row] != v).any() for v in self.after.values()):
-            keys = list(zip(self.group, *(v.tolist() for v in self.after.values()), strict=True))
+            keys = list(zip(self.group, self.excluded, *(v.tolist() for v in self.after.values()), strict=True))
             distinct = {key: r for r, key in enumerate(dict.fromkeys(keys))}
             self.row = np.array([distinct[key] for key in keys], np.int32)
             self.first = np.array([keys.index(key) for key in distinct], np.int32)
@@ -220,7 +247,10 @@ class Batch:
         cells, sets = [], []
         for t in self.first.tolist():
             counters = {name: float(v[t]) for name, v in self.after.items()}
-            row, set_ = self.program.scalars.row(groups[self.group[t]], counters, clock)
+            group = groups[self.group[t]]
+            if self.excluded[t]:
+                group = {**group, **dict.fromkeys(self.excluded[t], True)}
+            row, set_ = self.program.scalars.row(group, counters, clock)
             cells.append(row)
             sets.append(set_)
         self.table64 = np.array(cells, np.float64).reshape(len(cells), -1)
@@ -245,13 +275,22 @@ class Batch:
         return slot[int(self.positions[name][t]) % len(slot)] if name in self.program.rings else slot
 
 
-def detour(p: Tensor, rounding: str) -> str:
+def rows_of(p: Tensor) -> int:
+    """How many rows a measure of that scope sees."""
+    return p.shape[0] if p.dim() > 1 else 1
+
+
+def detour(program: Program, p: Tensor, rounding: str) -> str:
     """Why this parameter can only be run by eager; empty if any backend can."""
     if sharding.is_sharded(p):
-        sharding.placements(p)
+        placements = sharding.placements(p)
+        if program.by_row and p.dim() > 1 and any(getattr(x, "dim", 0) != 0 for x in placements):
+            raise TypeError(f"a measure of rows needs them whole: a parameter placed as {placements} is cut across")
     flat = sharding.local(p.detach())
     if not dense(flat):
         return "not dense in memory"
+    if program.by_row and flat.numel() and flat.dim() > 1 and flat.stride(0) * flat.shape[0] != flat.numel():
+        return "its rows are not consecutive in memory"
     if rounding == "stochastic" and not isinstance(sharding.logical_index(p), int):
         return "stochastic rounding follows the logical index, and memory does not"
     return ""

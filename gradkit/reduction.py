@@ -41,14 +41,18 @@ class Reduction:
         """Reduce, complete over shards, and give the results to the batches."""
         if not sharded and measured(self.parts):
             return
-        parts = [torch.cat((b.backend.reduce(ps), b.numel), 1) for b, ps in self.parts]  # the last column counts
+        by_row, over_all = self.link.scope == "row", self.link.scope == "all"
+        parts = [torch.cat((b.backend.reduce(ps), counted(b, by_row)), 1) for b, ps in self.parts]
         if sharded:
             totals = torch.zeros(len(params), parts[0].shape[1], dtype=torch.float64, device=parts[0].device)
-            for (batch, _), part in zip(self.parts, parts, strict=True):
-                totals[batch.index] = part.to(totals.device)
+            places = [cut(b, by_row) for b, _ in self.parts]
+            for (index, at), part in zip(places, parts, strict=True):
+                totals[index] = part[at].to(totals.device)
             sharding.complete(totals, [*self.link.reduce.values(), "sum"], params)
-            parts = [totals] if self.link.scope == "all" else [totals[b.index].to(b.device) for b, _ in self.parts]
-        if self.link.scope == "all":
+            for (index, at), part in zip(places, parts, strict=True):
+                part[at] = totals[index].to(part.device)
+            parts = [totals] if over_all else parts
+        if over_all:
             device = parts[0].device
             cells = [torch.tensor(c, dtype=torch.float64, device=device) for c in self.cells]
             values = self.finish(torch.cat([x.to(device) for x in parts]), [*self.kept, *cells])
@@ -58,8 +62,10 @@ class Reduction:
         else:
             given = [self.finish(x, cells_of(b, ps)) for x, (b, ps) in zip(parts, self.parts, strict=True)]
         for (batch, ps), values in zip(self.parts, given, strict=True):
+            scalars = batch.program.scalars
+            table, names = (batch.by_row, scalars.by_row) if by_row else (batch.measured, scalars.measured)
             for name, value in zip(self.link.gives, values, strict=False):
-                batch.measured[:, batch.program.scalars.measured.index((ps.measure.chain, name))] = value
+                table[:, names.index((ps.measure.chain, name))] = value
             for name, value in zip(ps.memory, values[len(self.link.gives) :], strict=False):
                 batch.memory[:, batch.program.memory.index(name)] = value
 
@@ -75,11 +81,30 @@ class Reduction:
         return out if isinstance(out, tuple) else (out,)
 
 
+def counted(batch: "Batch", by_row: bool) -> Tensor:
+    """How many elements each tensor has, or each row."""
+    if not by_row:
+        return batch.numel
+    lengths = torch.tensor(batch.row_lengths, dtype=torch.float64, device=batch.device)
+    return lengths[batch.row_owner, None]
+
+
+def cut(batch: "Batch", by_row: bool) -> tuple[list[int], list[int]]:
+    """What shards may have parts of: places among all parameters, and among the totals. A matrix has its rows whole."""
+    if not by_row:
+        return batch.index, list(range(len(batch.index)))
+    vectors = [t for t, p in enumerate(batch.params) if p.dim() < 2]
+    return [batch.index[t] for t in vectors], [batch.first_row[t] for t in vectors]
+
+
 def cells_of(batch: "Batch", ps: "Pass") -> list[Tensor]:
-    """What `finish` takes beside the totals: vectors [tensors] in float64."""
+    """What `finish` takes beside the totals: vectors [tensors] or [rows] in float64."""
     kept = [batch.memory[:, batch.program.memory.index(name)] for name in ps.memory]
-    table, columns = torch.from_numpy(batch.table64[batch.row]).to(batch.device), batch.program.scalars.of[ps.end]
-    return kept + [batch.measured[:, c.at].double() if c.measured else table[:, c.at] for c in columns]
+    tables = {"h": torch.from_numpy(batch.table64[batch.row]).to(batch.device), "m": batch.measured}
+    if ps.measure.link.scope == "row":
+        tables = {name: table[batch.row_owner] for name, table in tables.items()}
+    tables["r"] = batch.by_row
+    return kept + [tables[c.table][:, c.at].double() for c in batch.program.scalars.of[ps.end]]
 
 
 def order(batches: "Sequence[Batch]") -> list[Reduction]:

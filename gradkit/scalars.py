@@ -10,15 +10,15 @@ from .transform import Measure
 
 
 class Column(NamedTuple):
-    """Where a link finds a scalar: a column of the host's table, or of what measures gave."""
+    """Where a link finds a scalar: a column of the host's table, or of what measures gave each tensor or each row."""
 
-    measured: bool
+    table: str  # "h", "m" or "r"
     at: int
 
     @property
     def register(self) -> str:
         """What kernels call it."""
-        return f"{'m' if self.measured else 'h'}{self.at}"
+        return f"{self.table}{self.at}"
 
 
 def plain(value: Any) -> Any:
@@ -35,6 +35,7 @@ class Scalars:
         self.of: list[list[Column]] = []  # for each link, in the order of its scalars
         self.rows: list[tuple[Placed, str]] = []
         self.measured: list[tuple[Chain, str]] = []
+        self.by_row: list[tuple[Chain, str]] = []
         self.derived = list({x.chain: x for x in pieces if x.chain.derive}.values())  # one link for each chain
         self.counters = list(dict.fromkeys(c for x in self.derived if (d := x.chain.derive) for c in d.counters))
         ones = dict.fromkeys(self.counters, 1.0)
@@ -43,16 +44,22 @@ class Scalars:
             over_all = isinstance(piece.link, Measure) and piece.link.scope == "all"
             self.of.append([] if over_all else [self.column(piece, name) for name in piece.link.scalars])
             if isinstance(piece.link, Measure):
-                self.measured += [(piece.chain, name) for name in piece.link.gives]
+                given = self.by_row if piece.link.scope == "row" else self.measured
+                given += [(piece.chain, name) for name in piece.link.gives]
 
     def column(self, piece: Placed, name: str) -> Column:
-        if (piece.chain, name) in self.measured and (piece.chain, name) not in self.names:
-            return Column(True, self.measured.index((piece.chain, name)))
+        wanted = piece.chain, name
+        if wanted in self.by_row and wanted not in self.names:
+            if isinstance(piece.link, Measure) and piece.link.scope != "row":
+                raise ValueError(f"{piece.label} is over each {piece.link.scope}: {name!r} has a value for each row")
+            return Column("r", self.by_row.index(wanted))
+        if wanted in self.measured and wanted not in self.names:
+            return Column("m", self.measured.index(wanted))
         known = [(x.chain, n) for x, n in self.rows]
-        if (piece.chain, name) not in known:
+        if wanted not in known:
             self.rows.append((piece, name))
-            return Column(False, len(known))
-        return Column(False, known.index((piece.chain, name)))
+            return Column("h", len(known))
+        return Column("h", known.index(wanted))
 
     def row(self, group: Mapping[str, Any], counters: Mapping[str, float], clock: float) -> tuple[list[float], dict]:
         """One row in float64, and the counters that a derive set."""

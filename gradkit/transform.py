@@ -107,7 +107,8 @@ REDUCTIONS = ("sum", "mean", "max")
 class Measure(Link):
     """Maps what flows, reduces it, and finishes to scalars that the links behind it may ask for by name.
 
-    scope: "tensor" (each its own) or "all" (every tensor whose chain holds this very link).
+    scope: "tensor" (each its own), "all" (every tensor whose chain holds this very link), or "row" (each slice along
+        the first dimension; a tensor with fewer than two dimensions is one).
     reduce: a name for each value that the map returns -> "sum", "mean" or "max" (from 0: meant for magnitudes).
     finish: `(reductions, state, scalars) -> gives, state`, in the rule language with arithmetic among scalars, in
         float64. Over all tensors it reads its chain's arguments, the clock, and of the groups the first.
@@ -122,8 +123,10 @@ class Measure(Link):
         check_stage(self.name, stage)
         self.scope, self.stage, self.reduce, self.finish = scope, stage, dict(reduce), finish
         self.gives, self.state = listed_names(self.name, "gives", gives), listed_names(self.name, "state", state)
-        if scope not in ("tensor", "all"):
-            raise ValueError(f"{self.name}: scope={scope!r}; use 'tensor' or 'all'")
+        if scope not in ("row", "tensor", "all"):
+            raise ValueError(f"{self.name}: scope={scope!r}; use 'row', 'tensor' or 'all'")
+        if self.state and scope == "row":
+            raise ValueError(f"{self.name}: state={self.state!r} is kept of a tensor or of all: use such a scope")
         for how in self.reduce.values():
             if how not in REDUCTIONS:
                 raise ValueError(f"{self.name}: reduce {how!r}; use one of {', '.join(REDUCTIONS)}")

@@ -12,6 +12,7 @@ import gradkit
 from gradkit import transforms as tx
 from tests.reference import (
     adamw,
+    adaptive_clip,
     ademamix,
     cautious,
     clip_by_global_norm,
@@ -313,6 +314,15 @@ CASES = (
             ("_factor", {"clip_factor": 0.7, "max_grad_norm": None, "skip_update_on_spike": True}, {}),
             ("_percentile", {"mode": "percentile", "max_grad_norm": None}, {"tx_zclip__percentile_nomax": {}}),
         )
+    ),
+    Case(
+        "adaptive_clip",
+        sgd_behind(tx.adaptive_clip),
+        filtered(adaptive_clip.filtered),
+        {"clip": 0.9, "eps": 2.5},
+        golden={"tx_agc__clip0.1": {}},
+        limits=("test_a_clip_that_is_never_reached_is_no_clip",),
+        exact=False,
     ),
     Case(
         "spike_clip",

@@ -23,6 +23,7 @@ OURS = {
 LEFT_OUT = ("density", "density_param_idx")  # None in these files
 RUNS = [(case.name, file) for case in CASES for file in case.golden if not file.startswith("tx_")]
 ZCLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_zclip")]
+AGC = "tx_agc__clip0.1"
 CLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_clip")]
 
 
@@ -60,7 +61,7 @@ class Golden:
 
 
 def test_every_golden_file_is_replayed():
-    assert {file for _, file in RUNS + CLIPS + ZCLIPS} == {x.stem for x in FOLDER.glob("*.npz")}
+    assert {file for _, file in RUNS + CLIPS + ZCLIPS} | {AGC} == {x.stem for x in FOLDER.glob("*.npz")}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -144,3 +145,30 @@ def test_zclip_cuts_and_remembers_as_the_authors_do(name, file, backend):
             kept = [float(optimizer.param_groups[0][f"zclip.{n}"]) for n in ("mean", "var")]
             np.testing.assert_allclose(kept, [arrays["mean"][t], arrays["var"][t]], rtol=1e-6)
     assert cut >= 8 and ran_on(optimizer) == {backend}
+
+
+# the authors' layouts: which of their dimensions make up a row, and which are reduced
+UNITS = {"lin": ((1,), (0,)), "lin_big": ((1,), (0,)), "conv": ((3,), (2, 0, 1)), "mh": ((1, 2), (0,))}
+
+
+def as_rows(name: str, x: np.ndarray) -> np.ndarray:
+    """As torch lays out a weight: outputs first. A head's two output dimensions become one."""
+    if name not in UNITS:
+        return x
+    units, rest = UNITS[name]
+    return np.ascontiguousarray(x.transpose(units + rest).reshape(-1, *(x.shape[d] for d in rest)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adaptive_clip_cuts_as_the_authors_do(backend):
+    """One step of SGD at lr 1; the parameters' own size matters here, so the differences are compared."""
+    arrays = Golden(AGC).arrays
+    names = ["lin", "bias", "conv", "gain", "lin_big", "mh"]
+    weights, grads, clipped = ([as_rows(n, arrays[f"{kind}_{n}"]) for n in names] for kind in ("param", "grad", "out"))
+    params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in weights]
+    arguments = Golden(AGC).meta["hyperparameters"]
+    optimizer = BY_NAME["adaptive_clip"].build(params, lr=1.0, backend=backend, **arguments)
+    seen = replay(optimizer, params, [grads], backend=backend)
+    for (before, after), theirs in zip(seen, clipped, strict=True):
+        np.testing.assert_allclose((before - after).numpy(), theirs, rtol=2e-6, atol=1e-9)
+    assert sum(not np.allclose(g, c) for g, c in zip(grads, clipped, strict=True)) == 5

@@ -157,6 +157,7 @@ CLIPS = {
     "clip_by_norm": tx.clip_by_norm,
     "clip_by_value": tx.clip_by_value,
     "spike_clip": tx.spike_clip,
+    "adaptive_clip": tx.adaptive_clip,
 }
 
 

@@ -88,7 +88,16 @@ class Kernel:
         self.owner, self.ps, made = owner, ps, write(owner.batch.kind, ps)
         self.run = kernel(made.text, **made.rules)
         self.options = options(owner.cut.reduce if ps.measure else owner.cut.apply, owner.cut)
-        blocks, self.counts = blocks_of(owner.batch.sizes, self.options["CHUNK"])
+        b = owner.batch
+        if ps.measure and ps.measure.link.scope == "row":
+            self.sizes = np.repeat(b.row_lengths, b.row_counts)
+            blocks, self.counts = blocks_of(self.sizes, self.options["CHUNK"])
+            tensor = np.repeat(np.arange(len(b.sizes)), b.row_counts)[blocks[:, 0]]
+            line = blocks[:, 0] - np.array(b.first_row)[tensor]
+            blocks = np.column_stack([tensor, blocks[:, 1], line]).astype(np.int32)
+        else:
+            self.sizes = np.array(b.sizes)
+            blocks, self.counts = blocks_of(self.sizes, self.options["CHUNK"])
         self.blocks = torch.from_numpy(blocks).to(owner.batch.device)
 
     def start(self, *more: Any) -> None:
@@ -108,7 +117,7 @@ class Joint:
         self.kernels, self.outputs = kernels, cells.shape[1]
         link, device = kernels[0].ps.measure.link, kernels[0].owner.batch.device
         blocks = np.bincount(group, np.concatenate([k.counts for k in kernels])).astype(np.int64)
-        numel = np.bincount(group, np.concatenate([k.owner.batch.sizes for k in kernels]))
+        numel = np.bincount(group, np.concatenate([k.sizes for k in kernels]))
         end = blocks.cumsum()
         self.table = send([end - blocks, end, numel.astype(np.float64), cells.ravel()], device)
         self.partials = torch.empty(int(end[-1]), len(link.reduce), dtype=torch.float64, device=device)
@@ -138,6 +147,11 @@ class Kernels:
         if batch.rounding == "stochastic":
             seeds = [int(batch.groups[n]["seed"]) for n in batch.group]
             columns += [batch.logical, batch.index, [seed | WRITE_STREAM << 32 for seed in seeds]]
+        if batch.program.by_row:
+            step = batch.by_row.stride(0) * batch.by_row.element_size()
+            lines, lengths = batch.first_row[:-1], zip(batch.row_lengths, batch.params, strict=True)
+            columns += [[batch.by_row.data_ptr() + step * n for n in lines]]
+            columns += [[n if p.dim() > 1 else 0 for n, p in lengths], lines]
         self.fixed = send([np.array(columns, np.uint64).ravel()], batch.device)
         self.last = Kernel(self, batch.program.passes[-1], source.apply)
         self.joints: dict[int, Joint] = {}
@@ -156,21 +170,23 @@ class Kernels:
         self.last.start()
 
     def totals(self, ps: "Pass") -> Tensor:
-        """Each tensor's own, float64 [tensors, reductions]."""
+        """Each tensor's or row's own, float64 [of them, reductions]."""
         if ps.end not in self.sums:
             b = self.batch
-            out = torch.zeros(len(b.params), len(ps.measure.link.reduce), dtype=torch.float64, device=b.device)
+            kernel_ = Kernel(self, ps, source.totals)
+            out = torch.zeros(len(kernel_.sizes), len(ps.measure.link.reduce), dtype=torch.float64, device=b.device)
             cells = addresses(out, range(out.shape[1]))
-            self.sums[ps.end] = out, Joint([Kernel(self, ps, source.totals)], np.arange(len(out)), cells)
+            self.sums[ps.end] = out, Joint([kernel_], np.arange(len(out)), cells)
         out, joint = self.sums[ps.end]
         joint.run()
         return out
 
     def gives(self, ps: "Pass") -> np.ndarray:
-        """Where the results of a measure are stored: addresses [results, tensors]."""
-        columns = self.batch.program.scalars.measured
-        at = [columns.index((ps.measure.chain, name)) for name in ps.measure.link.gives]
-        return addresses(self.batch.measured, at)
+        """Where the results of a measure are stored: addresses [results, tensors or rows]."""
+        b, scalars = self.batch, self.batch.program.scalars
+        by_row = ps.measure.link.scope == "row"
+        table, columns = (b.by_row, scalars.by_row) if by_row else (b.measured, scalars.measured)
+        return addresses(table, [columns.index((ps.measure.chain, name)) for name in ps.measure.link.gives])
 
 
 def measure(parts: "Sequence[tuple[Kernels, Pass]]") -> None:

@@ -96,6 +96,17 @@ def spread(x, TILE: tl.constexpr):
 
 
 @triton.jit
+def beside(given, STEP: tl.constexpr, past, length, at, left, FULL: tl.constexpr, TILE: tl.constexpr):
+    """What a measure gave each element's row; `past` elements of the first row lie before the block."""
+    lane = tl.arange(0, TILE)
+    row = (past + (at + lane).to(tl.uint32)) // length
+    if FULL:
+        return tl.load(given + row * STEP)
+    else:
+        return tl.load(given + row * STEP, mask=at + lane < left, other=0.0)
+
+
+@triton.jit
 def total(x):
     return tl.sum(x.to(tl.float64), 0)
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from gradkit.triton_kernels.memory import give, inside, load, narrow, number, philox, spread, stochastic, store, widen
-from gradkit.triton_kernels.memory import is_last, max_of, maximum, peak, sum_of, total
+from gradkit.triton_kernels.memory import beside, is_last, max_of, maximum, peak, sum_of, total
 
 # The loader puts the rules among these globals: {rules}.
 
@@ -37,8 +37,6 @@ def tile({inputs}, at, left, FULL: tl.constexpr, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=[{arguments}])
 def {name}({signature}, CHUNK: tl.constexpr, TILE: tl.constexpr):
     block = tl.program_id(0)
-    t = tl.load(blocks + 2 * block)
-    start = tl.load(blocks + 2 * block + 1).to(tl.int64) * CHUNK
     {opening}
     at = 0
     while at < full:
@@ -72,7 +70,8 @@ class Layout:
         program = kind.program
         stores = ["p", *(f"s_{n}" for n in program.slots), *["rest"] * (kind.rounding == "kahan")]
         random = ["element", "index", "key"] if kind.rounding == "stochastic" else []
-        self.fixed = {role: i for i, role in enumerate([*stores, "size", *random])}
+        rows = ["given", "length", "line"] if program.by_row else []  # what the first row was given, its number
+        self.fixed = {role: i for i, role in enumerate([*stores, "size", *random, *rows])}
         self.shared = [ps for ps in program.passes if ps.measure and ps.measure.link.scope == "all"]
         self.cells, self.head = {}, 1
         for ps in self.shared:
@@ -80,15 +79,18 @@ class Layout:
             self.head += len(ps.measure.link.scalars)
         self.rings = {f"s_{n}": len(program.scalars.rows) + i for i, n in enumerate(program.rings)}
         self.columns = len(program.scalars.rows) + len(self.rings)
-        self.measured = max(1, len(program.scalars.measured))
+        self.measured, self.by_row = max(1, len(program.scalars.measured)), len(program.scalars.by_row)
 
     def of(self, role: str) -> str:
         """The expression of tensor t's word."""
         return f"tl.load(step + {self.head} + t)" if role == "g" else f"tl.load(fixed + {self.fixed[role]} * T + t)"
 
     def scalar(self, column: Column) -> str:
-        cell = f"tl.load(measured + t * {self.measured} + {column.at})"
-        return cell if column.measured else f"number(row + {column.at})"
+        if column.table == "h":
+            return f"number(row + {column.at})"
+        if column.table == "r":
+            return f"tl.load(given + {column.at})"
+        return f"tl.load(measured + t * {self.measured} + {column.at})"
 
 
 class Source(NamedTuple):
@@ -112,7 +114,10 @@ class Writer:
         if self.kahan:
             self.roles["rest"] = kind.dtype
         self.used = sorted({c for i, _ in ps.rules for c in kind.program.scalars.of[i]})
-        self.inputs = [*(f"P_{r}" for r in self.roles), *(c.register for c in self.used)]
+        self.even = [c for c in self.used if c.table != "r"]  # the same for the whole block
+        self.each_row = ps.measure is not None and ps.measure.link.scope == "row"  # a block is part of a row
+        self.inputs = [*(f"P_{r}" for r in self.roles), *(c.register for c in self.even)]
+        self.inputs += ["given", "length", "past"] * (len(self.even) < len(self.used))
 
     def function(self, name: str, plain: Any) -> str:
         """The name under which the text calls a function."""
@@ -121,26 +126,45 @@ class Writer:
 
     def opening(self) -> list[str]:
         """Tensor t's pointers at this block, its scalars, and how many elements go the fast way."""
-        layout, lines = self.layout, [f"size = {self.layout.of('size')}"]
+        layout, words = self.layout, 3 if self.each_row else 2
+        lines = [f"t = tl.load(blocks + {words} * block)", f"size = {layout.of('size')}", "end = size"]
+        lines.append(f"start = tl.load(blocks + {words} * block + 1).to(tl.int64) * CHUNK")
+        if self.kind.program.by_row:  # the length of a vector, which is one row, is 0
+            lines.append(f"length = {layout.of('length')}")
+            if self.each_row:
+                lines.append("line = tl.load(blocks + 3 * block + 2).to(tl.int64)")
+                lines += ["end = tl.where(length > 0, (line + 1) * length, size)", "start += line * length"]
+            else:
+                lines.append("line = tl.where(length > 0, start // tl.maximum(length, 1), 0)")
+            cell = f"tl.pointer_type({TYPES[self.kind.compute]})"
+            lines += [
+                f"given = {layout.of('given')}.to({cell}) + line * {layout.by_row}",
+                "past = tl.where(length > 0, start - line * length, 0).to(tl.uint32)",
+                "length = tl.where(length > 0, length, CHUNK).to(tl.uint32)",
+            ]
         lines.append(f"row = step + {layout.head} + 2 * T + tl.load(step + {layout.head} + T + t) * {layout.columns}")
         for role, dtype in self.roles.items():
             at = layout.rings.get(role)  # the column of its position: entries lie one after the other
             entry = "" if at is None else f" + number(row + {at}).to(tl.int64) * size * {dtype.itemsize}"
             lines += [
-                f"A_{role} = {layout.of(role)}{entry}",
-                f"P_{role} = A_{role}.to(tl.pointer_type({TYPES[dtype]})) + start",
+                f"A_{role} = {layout.of(role)}{entry} + start * {dtype.itemsize}",
+                f"P_{role} = A_{role}.to(tl.pointer_type({TYPES[dtype]}))",
             ]
-        lines += [f"{c.register} = spread({layout.scalar(c)}, TILE)" for c in self.used]
+        lines += [f"{c.register} = spread({layout.scalar(c)}, TILE)" for c in self.even]
         addresses = " | ".join(f"A_{role}" for role in self.roles)
         return [
             *lines,
-            "left = tl.minimum(size - start, CHUNK).to(tl.int32)",
+            "left = tl.minimum(end - start, CHUNK).to(tl.int32)",
             f"full = tl.where(({addresses}) & 15 == 0, left // TILE * TILE, 0)",
         ]
 
     def links(self) -> list[str]:
         """Loads, then the rules."""
         lines = [f"{r} = load(P_{r}, at, left, FULL, TILE)" for r in self.roles]
+        for c in (c for c in self.used if c.table == "r"):
+            lines.append(
+                f"{c.register} = beside(given + {c.at}, {self.layout.by_row}, past, length, at, left, FULL, TILE)"
+            )
         if self.kahan:
             lines += ["stored = p", "p = stored + rest", "before = p"]
         lines += ["g = -g"] * self.kind.program.maximize + ["u = g"]
@@ -226,17 +250,17 @@ def measure(kind: "Kind", ps: "Pass") -> Source:
     taken = [*totals, *(f"tl.load({place})" for place in places), *cells]
     last = [f"{', '.join([*given, *kept])} = {finish}({', '.join(taken)})"]
     last += [f"tl.store({place}, {x})" for place, x in zip(places, kept, strict=True)]
-    return reduction(w, link.scope, last, given, TYPES[kind.compute])
+    return reduction(w, last, given, TYPES[kind.compute], link.scope == "all")
 
 
 @lru_cache(maxsize=64)
 def totals(kind: "Kind", ps: "Pass") -> Source:
-    """Each tensor's own totals, for a `finish` on the host's side: over shards, or together with other backends."""
+    """The totals of each tensor or row, for a `finish` on the host's side: over shards, or beside other backends."""
     given = [f"x{j}" for j in range(len(ps.measure.link.reduce))]
-    return reduction(Writer(kind, ps), "tensor", [], given, "tl.float64")
+    return reduction(Writer(kind, ps), [], given, "tl.float64")
 
 
-def reduction(w: Writer, scope: str, last: list[str], given: list[str], cell: str) -> Source:
+def reduction(w: Writer, last: list[str], given: list[str], cell: str, over_all: bool = False) -> Source:
     """Partial results of each block in fixed order, float32 in a block's lanes and float64 from there on."""
     link = w.ps.measure.link
     how, count = list(link.reduce.values()), len(link.reduce)
@@ -245,8 +269,10 @@ def reduction(w: Writer, scope: str, last: list[str], given: list[str], cell: st
     body.append(f"{values} = {w.function(f'map_{link.name}', link)}({', '.join(['u', *link.sees])})")
     body.append(f"return {', '.join(f'inside(x{j}, at, left, FULL, TILE)' for j in range(count))}")
     add = [f"a{j} = maximum(a{j}, x{j})" if x == "max" else f"a{j} = a{j} + x{j}" for j, x in enumerate(how)]
-    # the group of t that finishes together, how many there are, and how many cells take its results
-    k, groups, outputs = ("0", "1", "O") if scope == "all" else ("t", "O", "1")
+    # the group that finishes together, how many there are, and how many cells take its results
+    k, groups, outputs = ("0", "1", "O") if over_all else ("t", "O", "1")
+    if w.each_row:
+        k = f"({w.layout.of('line')} + line)"
     ending = [f"here = partials + (base + block) * {count}"]
     ending += [f"tl.store(here + {j}, {'peak' if x == 'max' else 'total'}(a{j}))" for j, x in enumerate(how)]
     ending += [f"first, end = tl.load(joint + {k}), tl.load(joint + {groups} + {k})"]

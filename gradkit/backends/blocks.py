@@ -5,9 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def blocks_of(sizes: Sequence[int], chunk: int) -> tuple[np.ndarray, np.ndarray]:
+def blocks_of(sizes: Sequence[int] | np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (tensor, number of its chunk), and how many each tensor has."""
     counts = -(-np.array(sizes, np.int64) // chunk)
     tensor = np.repeat(np.arange(len(counts)), counts)
-    number = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.ascontiguousarray(np.stack([tensor, number], 1).astype(np.int32)), counts
+    return np.ascontiguousarray(np.stack([tensor, steps(counts)], 1).astype(np.int32)), counts
+
+
+def steps(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... for each count, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -21,22 +21,26 @@ STORAGE = {
     torch.float16: ("fp16", "fp16"),
 }
 # what `run` is given, one int64 each, in this order
-JOB = tuple("pointers blocks first last size row H columns M measured out tensors threads random clock".split())
+JOB = tuple(
+    "pointers blocks first last size row H columns M measured R rows out place tensors threads random clock".split()
+)
 BLOCK = 1 << 16
 
 RUN = """
 void run(const int64_t *job) {{
   const int64_t *pointers = (void *)job[{pointers}], *size = (void *)job[{size}], *random = (void *)job[{random}];
   const int32_t *blocks = (void *)job[{blocks}], *row = (void *)job[{row}];
-  const T *H = (void *)job[{H}], *M = (void *)job[{M}];
+  const T *H = (void *)job[{H}], *M = (void *)job[{M}], *R = (void *)job[{R}];
+  const int64_t *rows = (void *)job[{rows}], *place = (void *)job[{place}];
   double *out = (void *)job[{out}];
   const long tensors = job[{tensors}], columns = job[{columns}], measured = job[{measured}];
   const int threads = job[{threads}];
   #pragma omp parallel for schedule(static) num_threads(threads) if(threads > 1)
   for (long b = job[{first}]; b < job[{last}]; b++) {{
     const long t = blocks[2 * b], start = (long)blocks[2 * b + 1] * {BLOCK}, left = size[t] - start;
-    span({arguments}, H + row[t] * columns, M + t * measured, out + b * {results},
-         random[3 * t] + start, job[{clock}], random[3 * t + 1], random[3 * t + 2], left < {BLOCK} ? left : {BLOCK});
+    span({arguments}, H + row[t] * columns, M + t * measured, R + rows[2 * t] * {by_row}, rows[2 * t + 1], start,
+         out + place[b] * {results}, random[3 * t] + start, job[{clock}], random[3 * t + 1], random[3 * t + 2],
+         left < {BLOCK} ? left : {BLOCK});
   }}
 }}
 """
@@ -106,17 +110,29 @@ def source(kind: "Kind", ps: "Pass") -> str:
     body += links(kind, ps)
     codes = [x.link.code for _, x in ps.rules] + ([ps.measure.link.code] if ps.measure else [])
     used = sorted({c for i, _ in ps.rules for c in kind.program.scalars.of[i]})
-    lets = [f"const T {c.register} = {'M' if c.measured else 'H'}[{c.at}];" for c in used]
+    lets = [f"const T {c.register} = {c.table.upper()}[{c.at}];" for c in used if c.table != "r"]
+    by_row = len(kind.program.scalars.by_row)
+    of_rows = [f"const T {c.register} = R[row * {by_row} + {c.at}];" for c in used if c.table == "r"]
+    each_row = ps.measure is not None and ps.measure.link.scope == "row"
     if ps.measure:
-        loop, results = reduction(ps.measure.link, body), len(ps.measure.link.reduce)
+        results = len(ps.measure.link.reduce)
+        of_rows += [f"out = outs + (row - start / length) * {results};"] * each_row
+        loop = reduction(ps.measure.link, body)
     else:
         stores = [f"P_{r}[i] = store_{STORAGE[d][1]}({r});" for r, d in roles.items() if r.startswith("s_")]
         lines = "\n    ".join(body + write(kind) * ps.writes + stores)
-        loop, results = f"for (long i = 0; i < n; i++) {{\n    {lines}\n  }}", 0
+        loop, results = f"for (long i = from; i < to; i++) {{\n    {lines}\n  }}", 0
+    if of_rows:
+        head = "for (long from = 0, to; from < n; from = to) {"
+        ends = "const long row = (start + from) / length, end = (row + 1) * length - start;"
+        loop = "\n  ".join([head, ends, "to = end < n ? end : n;", *of_rows, loop, "}"])
+    else:
+        loop = f"const long from = 0, to = n;\n  {loop}"
     constant = set(roles) if ps.measure else {"g"} if ps.writes else {"p", "g", "rest"}
     names = [("const " if r in constant else "") + f"{STORAGE[d][0]} *restrict P_{r}" for r, d in roles.items()]
     arguments = [f"({STORAGE[d][0]} *)pointers[{j} * tensors + t] + start" for j, d in enumerate(roles.values())]
-    signature = ", ".join([*names, "const T *H", "const T *M", "double *out", "uint64_t element"])
+    signature = ", ".join([*names, "const T *H", "const T *M", "const T *R", "long length", "long start"])
+    signature += ", double *outs, uint64_t element"
     places = {name: i for i, name in enumerate(JOB)}
     return "\n".join(
         [
@@ -124,8 +140,8 @@ def source(kind: "Kind", ps: "Pass") -> str:
             PRELUDE,
             *helpers([c for code in codes for c in code.calls], set()),
             f"static void span({signature}, int64_t clock, int64_t index, int64_t seed, long n) {{",
-            "  " + "\n  ".join([*lets, loop]) + "\n}",
-            RUN.format(arguments=", ".join(arguments), results=results, BLOCK=BLOCK, **places),
+            "  " + "\n  ".join([*lets, "double *out = outs;", loop]) + "\n}",
+            RUN.format(arguments=", ".join(arguments), results=results, by_row=by_row, BLOCK=BLOCK, **places),
         ]
     )
 
@@ -139,13 +155,13 @@ def reduction(measure: Measure, body: list[str]) -> str:
         add = f"a{j}[k] += x{j};" if how != "max" else f"a{j}[k] = (x{j} > a{j}[k] || x{j} != x{j}) ? x{j} : a{j}[k];"
         end = f"o += a{j}[k];" if how != "max" else f"o = (a{j}[k] > o || a{j}[k] != a{j}[k]) ? a{j}[k] : o;"
         adds.append(add)
-        ends.append(f"{{ double o = 0; for (int k = 0; k < 64; k++) {end} out[{j}] = o; }}")
+        ends.append(f"{{ double o = out[{j}]; for (int k = 0; k < 64; k++) {end} out[{j}] = o; }}")
     element = "\n      ".join([*body, f"T {', '.join(values)};", mapped, *adds])
     lines = [
         *(f"T a{j}[64] = {{0}};" for j in range(len(values))),
-        "long q = 0;",
-        f"for (; q + 64 <= n; q += 64) for (int k = 0; k < 64; k++) {{ const long i = q + k;\n      {element}\n  }}",
-        f"for (int k = 0; q < n; q++, k++) {{ const long i = q;\n      {element}\n  }}",
+        "long q = from;",
+        f"for (; q + 64 <= to; q += 64) for (int k = 0; k < 64; k++) {{ const long i = q + k;\n      {element}\n  }}",
+        f"for (int k = 0; q < to; q++, k++) {{ const long i = q;\n      {element}\n  }}",
         *ends,
     ]
     return "\n  ".join(lines)

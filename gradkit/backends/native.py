@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ccache
-from .blocks import blocks_of
+from .blocks import blocks_of, steps
 from .csource import BLOCK, JOB, source
 
 if TYPE_CHECKING:
@@ -51,11 +51,12 @@ class Native:
         """Nothing to send: the loop reads the batch's own table."""
 
     def reduce(self, ps: "Pass") -> Tensor:
-        """The totals of the pass's measure, float64 [tensors, reductions]."""
+        """The totals of the pass's measure, float64 [tensors or rows, reductions]."""
         compiled = self.passes[ps.end]
+        compiled.out.fill(0.0)
         compiled.run()
         measure = ps.measure.link
-        totals = np.zeros((len(self.batch.params), len(measure.reduce)))
+        totals = np.zeros((compiled.count, len(measure.reduce)))
         if len(compiled.starts):
             for j, how in enumerate(measure.reduce.values()):
                 fold = np.maximum if how == "max" else np.add
@@ -77,9 +78,18 @@ class Compiled:
         b = batch
         self.size = np.array([p.numel() for p in b.params], np.int64)
         self.threads = max(1, int(self.size.sum()) // BLOCK)  # fewer elements are done before a thread has woken
-        self.blocks, counts = blocks_of(b.sizes, BLOCK)
-        self.filled = np.flatnonzero(counts)
-        self.starts = (np.cumsum(counts) - counts)[self.filled]
+        self.blocks, _ = blocks_of(b.sizes, BLOCK)
+        self.rows = np.array([b.first_row[:-1], b.row_lengths], np.int64).T.copy()
+        tensor, number = self.blocks.astype(np.int64).T
+        if ps.measure and ps.measure.link.scope == "row":  # a block gives a result for each row that it has a part of
+            first, length = self.rows[tensor].T
+            begin, end = number * BLOCK, np.minimum((number + 1) * BLOCK, self.size[tensor])
+            parts = (end - 1) // length - begin // length + 1
+            self.count, of = len(b.by_row), np.repeat(first + begin // length, parts) + steps(parts)
+        else:
+            self.count, of, parts = len(b.params), tensor, np.ones_like(tensor)
+        self.place = np.cumsum(parts) - parts
+        self.filled, self.starts = np.unique(of, return_index=True)
         columns = [b.slots[n] for n in ps.slots]
         columns += [b.slots["compensation"]] if b.rounding == "kahan" and ps.reads_p else []
         rows = [[t.data_ptr() for t in ts] for ts in (b.params, b.params, *columns)]
@@ -89,12 +99,13 @@ class Compiled:
         self.random = np.zeros((len(b.params), 3), np.int64)
         if b.rounding == "stochastic":
             self.random[:] = list(zip(b.logical, b.index, [b.groups[g]["seed"] for g in b.group], strict=True))
-        self.out = np.zeros((len(self.blocks), len(ps.measure.link.reduce) if ps.measure else 0))
+        self.out = np.zeros((len(of), len(ps.measure.link.reduce) if ps.measure else 0))
         self.job = np.zeros(len(JOB), np.int64)
-        for name in ("pointers", "blocks", "size", "random", "out"):
+        for name in ("pointers", "blocks", "size", "random", "out", "rows", "place"):
             self.job[PLACE[name]] = getattr(self, name).ctypes.data
         self.job[PLACE["tensors"]], self.job[PLACE["last"]] = len(b.params), len(self.blocks)
         self.job[PLACE["M"]], self.job[PLACE["measured"]] = b.measured.data_ptr(), b.measured.shape[1]
+        self.job[PLACE["R"]] = b.by_row.data_ptr()
         self.address = self.job.ctypes.data
 
     def run(self) -> None:

@@ -54,6 +54,7 @@ ROWS = (
     Row("spam", gradkit.SPAM, ADAM, SPIKES),
     Row("stablespam", gradkit.StableSPAM, ADAM, STABLE, slots("step", "stat_step"), AVERAGES, exact=False),
     Row("zclip", gradkit.AdamW, ADAM, {"transforms": (tx.zclip(warmup_steps=3),)}, exact=False, coupled=True),
+    Row("adaptive", gradkit.Lion, slots("exp_avg"), {"transforms": (tx.adaptive_clip(0.5),)}, slots(), exact=False),
     Row("bounded", gradkit.AdamW, ADAM, {"transforms": BOUNDED}, exact=False, coupled=True),
 )
 

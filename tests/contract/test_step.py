@@ -250,12 +250,12 @@ class Made(TorchDispatchMode):
 
 def test_a_step_keeps_no_gradient_and_nothing_of_a_parameters_size(make):
     size = 1237
-    params = [torch.ones(size, requires_grad=True), torch.ones(3, size).t().requires_grad_()]
+    params = [torch.ones(size, requires_grad=True), torch.ones(size, 3).t().requires_grad_()]
     optimizer = make(params)
     with Made() as made:
         for _ in range(2):
             params[0].grad = torch.randn(size)
-            params[1].grad = torch.randn(size, 3)  # of another layout: copied for the step
+            params[1].grad = torch.randn(3, size)  # of another layout: copied for the step
             optimizer.step()
     gone = [weakref.ref(p.grad) for p in params]
     optimizer.zero_grad()

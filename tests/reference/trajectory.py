@@ -22,8 +22,8 @@ class Run:
         live = [i for i, g in enumerate(gradients) if g is not None]
         self.clock += bool(live)
         for states in self.states:
-            for state in states:
-                state["clock"] = self.clock
+            for state, p in zip(states, self.params, strict=True):
+                state["clock"], state["p"] = self.clock, p
         grads = [self.sign * np.asarray(gradients[i], self.dtype) for i in live]
         flow = grads
         with np.errstate(all="ignore"):

@@ -19,7 +19,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import gradkit
-from gradkit.transforms import cautious, clip_by_global_norm, clip_by_norm, clip_by_value, grokfast_ma, zclip
+from gradkit.transforms import (
+    adaptive_clip,
+    cautious,
+    clip_by_global_norm,
+    clip_by_norm,
+    clip_by_value,
+    grokfast_ma,
+    zclip,
+)
 from tests.sharding import gradients, units
 from tests.sharding.units import equal, full, line, near, shard
 from tests.sharding.world import RANKS
@@ -183,6 +191,7 @@ def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
     sums = {"lr": 1e-2, "transforms": [clip_by_global_norm(0.1), clip_by_norm(0.05), cautious()]}
     elementwise = {"lr": 1e-2, "transforms": [clip_by_value(0.05), cautious()], "weight_decay": 0.1}
     largest = {"lr": 1e-2, "transforms": [clip_by_global_norm(0.01, norm_type=float("inf"))]}
+    rows = {"lr": 1e-2, "eps": 1e-2, "transforms": [adaptive_clip(0.05)]}  # an eps that shows a gradient's size
     scores = {"lr": 1e-2, "transforms": [zclip(warmup_steps=2, z_thresh=0.3)]}
     for backend in BACKENDS:
         for name, make in OPTIMIZERS.items():
@@ -192,7 +201,7 @@ def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
                     f"agrees_with_one_process {name} {kind} {backend}",
                     partial(agrees_with_one_process, one, compare),
                 )
-        for kind, how, compare in (("largest", largest, equal), ("zclip", scores, near)):
+        for kind, how, compare in (("largest", largest, equal), ("zclip", scores, near), ("rows", rows, near)):
             one = partial(gradkit.AdamW, **how, backend=backend)
             yield f"agrees_with_one_process AdamW {kind} {backend}", partial(agrees_with_one_process, one, compare)
         for rounding in ("stochastic", "kahan"):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -10,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import gradkit
 from gradkit.ops import absolute
-from gradkit.transforms import clip_by_global_norm, clip_by_norm
+from gradkit.transforms import adaptive_clip, clip_by_global_norm, clip_by_norm
 from tests.sharding.units import full, line, near, shard
 from tests.sharding.world import RANKS
 
@@ -90,7 +91,17 @@ def rank_with_gradients_of_plain_parameters_only_joins_in(_: Path) -> None:
     torch.testing.assert_close(plain.detach(), -torch.tensor([3.0, 4.0]) / 97**0.5)  # 9 + 16 + 2 * 36
 
 
+def rows_that_are_cut_are_refused(_: Path) -> None:
+    p = nn.Parameter(shard(torch.randn(4, 6), Shard(1)))
+    p.grad = torch.ones_like(p)
+    before = p.detach().to_local().clone()
+    with pytest.raises(TypeError, match=r"a measure of rows needs them whole: a parameter placed as .*dim=1.* is cut"):
+        gradkit.AdamW([p], transforms=[adaptive_clip()]).step()
+    assert torch.equal(before, p.detach().to_local())
+
+
 LAWS = (
+    rows_that_are_cut_are_refused,
     meshes_of_one_and_two_dimensions_step_together,
     ranks_agree_on_a_mean_though_one_lacks_a_gradient,
     rank_with_gradients_of_plain_parameters_only_joins_in,

@@ -56,6 +56,20 @@ MUTANTS = (
         ),
     ),
     *rows(
+        "transforms/agc.py",
+        ("AGC: coefficient", "most / maximum(norm, 1e-6), 1.0)", "1.0, 1.0)", hostile("adaptive_clip")),
+        ("AGC: the row's own norm", "maximum(sqrt(weight), eps)", "eps", hostile("adaptive_clip")),
+        ("AGC: least norm", "maximum(sqrt(weight), eps)", "sqrt(weight)", hostile("adaptive_clip")),
+        ("AGC: rows", 'scope="row"', 'scope="tensor"', hostile("adaptive_clip")),
+        ("AGC: only what is too long", " & (norm >= most), most", ", most", hostile("adaptive_clip")),
+        (
+            "AGC: exclude",
+            "(excluded < 0.5) & ",
+            "",
+            "test_rows.py::test_adaptive_clip_leaves_excluded_parameters_alone[eager]",
+        ),
+    ),
+    *rows(
         "transforms/zclip.py",
         ("ZClip: z-score", "score - z_thresh, norm", "-1.0, norm", hostile("zclip")),
         ("ZClip: percentile", "norm - bound) > 0.0", "-1.0) > 0.0", hostile("zclip_percentile")),

@@ -13,7 +13,7 @@ from builds import TARGETS, Build, builds, used
 import gradkit
 from gradkit.explain import expected
 from gradkit.plan import Batch, Pass
-from gradkit.transforms import cautious, clip_by_global_norm, clip_by_norm, grokfast_ema
+from gradkit.transforms import adaptive_clip, cautious, clip_by_global_norm, clip_by_norm, grokfast_ema, zclip
 
 BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 
@@ -37,6 +37,8 @@ CHAINS: dict[str, tuple[type, torch.dtype, dict[str, Any]]] = {
     "AdEMAMix bf16": (gradkit.AdEMAMix, BF16, {}),
     "Grokfast": (gradkit.Grokfast, torch.float32, {}),
     "Grokfast, window": (gradkit.Grokfast, torch.float32, {"filter": "ma"}),
+    "AdamW, adaptive clip": (gradkit.AdamW, torch.float32, {"transforms": [adaptive_clip()]}),
+    "AdamW, ZClip": (gradkit.AdamW, torch.float32, {"transforms": [zclip()]}),
     "SPAM": (gradkit.SPAM, torch.float32, {}),
     "StableSPAM": (gradkit.StableSPAM, torch.float32, {}),
     "own chain of five links": (gradkit.AdamW, torch.float32, FIVE),

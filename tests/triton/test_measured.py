@@ -21,7 +21,7 @@ from gradkit.ops import absolute, exp, log, minimum, sigmoid, sqrt, tanh, where
 from gradkit.transforms import clip
 from gradkit.triton_kernels import as_jit, launch
 from gradkit.triton_kernels.memory import INTERPRETED
-from tests import test_measures
+from tests import test_measures, test_rows
 from tests.runs import ran_on
 from tests.test_beside import COLLECT, FACTOR, optimizer_of
 from tests.test_random import any_floats, int64, same_bits
@@ -254,3 +254,28 @@ def test_a_chain_beside_the_steps_changes_slots_alone(rounding):
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
     optimizer.run_beside(COLLECT, [torch.full((5,), torch.nan), torch.ones(3)], factor=FACTOR)
     assert not optimizer.state[params[1]]["seen"].any()
+
+
+@pytest.mark.parametrize("kind", [*test_rows.KINDS, *test_rows.LONG])
+def test_rows_are_the_slices_of_the_first_dimension(kind):
+    test_rows.test_rows_are_the_slices_of_the_first_dimension(kind, torch.float32, "triton")
+
+
+def test_tensors_of_a_batch_keep_their_rows_apart():
+    test_rows.test_tensors_of_a_batch_keep_their_rows_apart("triton")
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "kahan", "stochastic"])
+def test_bf16_rows(rounding):
+    test_rows.test_bf16_rows(rounding, "triton")
+
+
+def test_adaptive_clip_leaves_excluded_parameters_alone():
+    test_rows.test_adaptive_clip_leaves_excluded_parameters_alone("triton")
+
+
+def test_rows_of_float64_run_on_eager():
+    for dtype in (torch.float32, torch.float64):
+        optimizer, (p,), (x,) = test_rows.stepped("triton", ["matrix"], dtype)
+        torch.testing.assert_close(p.detach().double(), x, rtol=2e-5, atol=2e-5)
+        assert ran_on(optimizer) == {"triton" if dtype == torch.float32 else "eager"}
