@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import gradkit
 from tests.cases import BACKENDS, BY_NAME, CASES, Case
+from tests.reference import pixelwise_clip, vanishing_gradient_penalty
 from tests.reference.trajectory import Run
 from tests.runs import ran_on, replay
 from tests.tolerance import assert_follows, tolerance
@@ -23,6 +25,7 @@ OURS = {
 LEFT_OUT = ("density", "density_param_idx")  # None in these files
 RUNS = [(case.name, file) for case in CASES for file in case.golden if not file.startswith("tx_")]
 ZCLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_zclip")]
+OTHERS = ("tx_pgc__nhwc", "tx_pascanu_reg__transcribed")  # no part of a step: the last tests
 CLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_clip")]
 
 
@@ -60,7 +63,7 @@ class Golden:
 
 
 def test_every_golden_file_is_replayed():
-    assert {file for _, file in RUNS + CLIPS + ZCLIPS} == {x.stem for x in FOLDER.glob("*.npz")}
+    assert {file for _, file in RUNS + CLIPS + ZCLIPS} | set(OTHERS) == {x.stem for x in FOLDER.glob("*.npz")}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -144,3 +147,33 @@ def test_zclip_cuts_and_remembers_as_the_authors_do(name, file, backend):
             kept = [float(optimizer.param_groups[0][f"zclip.{n}"]) for n in ("mean", "var")]
             np.testing.assert_allclose(kept, [arrays["mean"][t], arrays["var"][t]], rtol=1e-6)
     assert cut >= 8 and ran_on(optimizer) == {backend}
+
+
+@pytest.mark.parametrize("channel_dim", [-1, 1])
+def test_pixelwise_clip_is_the_authors_with_channels_last_and_first(channel_dim):
+    golden = Golden("tx_pgc__nhwc")
+    given, expected = (np.moveaxis(golden.arrays[name], -1, channel_dim) for name in ("grad", "out_type0"))
+    clip = golden.arguments["clip"]
+    assert not np.array_equal(given, expected)
+    image = torch.zeros(given.shape, requires_grad=True)
+    gradkit.transforms.pixelwise_clip(clip, channel_dim)(image).backward(torch.tensor(given))
+    reference = pixelwise_clip.clipped(given.astype(np.float64), clip, channel_dim, "inf")
+    for ours in (image.grad.numpy(), reference):
+        np.testing.assert_allclose(ours, expected, rtol=tolerance("golden", torch.float32), atol=0)
+
+
+def test_the_vanishing_gradient_penalty_is_the_authors():
+    """Their states are rows, h W: W is the transpose of torch's weight_hh."""
+    arrays = Golden("tx_pascanu_reg__transcribed").arrays
+    weight = torch.tensor(arrays["W_hh"].T, requires_grad=True)
+    hidden = [torch.tensor(h, requires_grad=True) for h in arrays["h"]]
+    for h, grad in zip(hidden, arrays["dE_dh"], strict=True):
+        h.grad = torch.tensor(grad)
+    omega = gradkit.losses.vanishing_gradient_penalty(hidden, weight, squared=True)
+    omega.backward()
+    doubled = (arrays[name].astype(np.float64) for name in ("h", "dE_dh"))
+    reference = vanishing_gradient_penalty.penalty(*doubled, arrays["W_hh"].T.astype(np.float64), "tanh", True)
+    relative, largest = tolerance("golden", torch.float32), np.abs(arrays["grad_W_hh"]).max()
+    for value, grad in ((omega.item(), weight.grad.numpy()), reference):
+        np.testing.assert_allclose(value, arrays["omega"], rtol=relative)
+        np.testing.assert_allclose(grad.T, arrays["grad_W_hh"], rtol=relative, atol=relative * largest)
