@@ -16,7 +16,7 @@ LENGTH, SIZE, BATCH, SYMBOLS = 30, 50, 20, 6
 STEPS, EVERY, SEEDS = 2000, 250, (0, 1, 2)
 WAYS = {  # name: standard deviation of the recurrent weight, None for an orthogonal one; alpha, the penalty's factor
     "clipping alone": (0.1, 0.0),
-    "clipping and penalty": (0.1, 1.0),
+    "clipping and penalty": (0.1, 3.0),
     "clipping alone, orthogonal start": (None, 0.0),
 }
 
@@ -101,7 +101,8 @@ def main() -> None:
 The first two start from weights of N(0, 0.1): a gradient loses about a third of its norm in each step back in time, and
 that of the signals is lost in the noise. Clipping is no help against that; the penalty is.
 An orthogonal weight keeps the norm from the start: where you can choose the start, try that first; it costs nothing.
-The penalty needs a learning rate that suits it: of 0.03, 0.1, 0.3 and 1 it is 0.1, and clipping alone likes none."""
+The penalty needs an alpha that is large enough: at 0.3, only seed 2 gets there. Clipping alone needs more than another
+lr: 0.03, 0.3 and 1 are no better."""
     )
     assert mean["clipping and penalty"] > mean["clipping alone"] + 0.2, mean
     print("\nok: with the penalty the network remembered more than without")

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .options import hint, listed
 
+__all__ = ["vanishing_gradient_penalty"]
+
 SLOPES: dict[str, Callable[[Tensor], Tensor]] = {  # derivatives of the nonlinearities, from their values
     "tanh": lambda h: 1 - h * h,
     "sigmoid": lambda h: h * (1 - h),
