@@ -21,7 +21,7 @@ FLOOR = 1e-10  # of a gradient's norm: the authors' 1e-20 of its square
 def vanishing_gradient_penalty(
     hidden: Sequence[Tensor], weight: Tensor, *, nonlinearity: str = "tanh", squared: bool = False
 ) -> Tensor:
-    """What the gradient's norm loses or gains from each hidden state of an RNN to the one before: differentiable.
+    """How much the gradient's norm changes from each hidden state of an RNN to the one before: a loss of its own.
 
         d_t = dE/dh_t        x_t = (d_t sigma'(h_t)) W        Omega = mean over t and batch of (|x_t| / |d_t| - 1)^2
 

@@ -55,6 +55,12 @@ def test_the_forward_changes_nothing_and_other_uses_of_the_tensor_are_not_clippe
     assert_equal(image.grad, torch.full_like(image, LIMIT + 100))
 
 
+def test_a_write_into_the_result_raises_in_place_of_losing_the_clip():
+    shown = pixelwise_clip(LIMIT, 1)(2 * draw(2, 3, 4).requires_grad_())
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        shown.clamp_(0, 1)
+
+
 def test_a_tensor_without_gradient_stays_one():
     for image in (draw(2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.uint8)):
         shown = pixelwise_clip(LIMIT, 1)(image)

@@ -67,7 +67,7 @@ class PixelwiseClip:
 
 
 class Clipped(torch.autograd.Function):
-    """The identity. A Function and not a tensor's hook: torch.compile traces it, and later uses of the tensor count."""
+    """The identity. Unlike a tensor's hook it is traced by torch.compile, and leaves other uses of the tensor alone."""
 
     @staticmethod
     def forward(image: Tensor, clip: PixelwiseClip) -> Tensor:
