@@ -12,7 +12,7 @@
 | `Optimizer` | your own chain of rules, measures and transforms | |
 """
 
-from . import ops, transforms
+from . import losses, ops, transforms
 from .chain import Chain, chain
 from .language import RuleError, fn
 from .optim.adamw import AdamW
@@ -43,6 +43,7 @@ __all__ = [
     "chain",
     "derive",
     "fn",
+    "losses",
     "measure",
     "ops",
     "rule",

@@ -29,6 +29,7 @@ from .plan import Batch, Kind, Member, Plan, Program, kind_of
 from .scalars import shared
 from .transform import Measure, Rule, listed_names
 from .transforms.decay import last_links
+from .transforms.tap import PixelwiseClip
 
 ProgramOf = Callable[[Mapping[str, Any]], Program]  # of a group
 BOOKKEEPING = ("params", "param_names", "clock", "lr_ref", "algorithm")
@@ -59,6 +60,11 @@ class Optimizer(torch.optim.Optimizer):
         if chain is None and type(self).links is Optimizer.links:
             raise TypeError(f"{who}: give a chain: {who}(params, chain(...)), or use one of gradkit's classes")
         for c in (*self.transforms, *([chain] if chain is not None else [])):
+            if isinstance(c, PixelwiseClip):
+                raise TypeError(
+                    f"{who}: pixelwise_clip works on a tensor in the forward, not in an optimizer; call it there: "
+                    f"image = pixelwise_clip(...)(image)"
+                )
             if not isinstance(c, Chain):
                 raise TypeError(f"{who}: {c!r} is no chain or transform; call it, e.g. clip_by_global_norm(1.0)")
         self._plans: dict[Any, Plan] = {}  # by what runs

@@ -167,6 +167,7 @@ def test_a_printed_signature_is_the_real_one(name, printed):
 def test_every_public_callable_has_its_signature_on_a_page():
     wanted = {f"gradkit.{n}" for n in gradkit.__all__ if callable(getattr(gradkit, n)) and n not in NOT_CALLED}
     wanted |= {f"gradkit.transforms.{n}" for n in gradkit.transforms.__all__}
+    wanted |= {f"gradkit.losses.{n}" for n in gradkit.losses.__all__}
     assert wanted - signatures(PAGES).keys() == set()
 
 
@@ -192,7 +193,12 @@ def test_an_optimizers_page_names_its_state():
 
 def test_every_public_name_stands_in_the_docs():
     text = "\n".join(p.read_text() for p in DOCS.rglob("*.md"))
-    wanted = [*gradkit.__all__, *gradkit.transforms.__all__, *gradkit.options.Options.__annotations__]
+    wanted = [
+        *gradkit.__all__,
+        *gradkit.transforms.__all__,
+        *gradkit.losses.__all__,
+        *gradkit.options.Options.__annotations__,
+    ]
     wanted += [m.name for m in gradkit.Stage] + list(gradkit.ops.OPS) + list(gradkit.options.DECAYS)
     missing = [n for n in wanted if not re.search(rf"[`\".]{re.escape(n)}\b", text)]
     assert missing == []

@@ -57,6 +57,13 @@ def test_own_chain_trains_bfloat16(tmp_path: Path) -> None:
     assert abs(stochastic - full) < (nearest - full) / 2
 
 
+def test_long_memory_trains_each_way_with_three_seeds(tmp_path: Path) -> None:
+    output = run(tmp_path, "examples/long_memory.py", "--steps", "5")
+    rows = dict(re.findall(r"^(clipping[\w ,]*?) {2,}((?: *\d+% at 5){3})$", output, re.MULTILINE))
+    assert list(rows) == ["clipping alone", "clipping and penalty", "clipping alone, orthogonal start"], output
+    assert "ok:" not in output, "a short run must not claim what a whole one shows"
+
+
 def test_demo_compares_five_and_draws_them(tmp_path: Path) -> None:
     output = run(tmp_path, "examples/demo.py", "--steps", "20")
     rows = table(output)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import gradkit
 from tests.cases import BACKENDS, BY_NAME, CASES, Case
+from tests.reference import pixelwise_clip, vanishing_gradient_penalty
 from tests.reference.trajectory import Run
 from tests.runs import ran_on, replay
 from tests.tolerance import assert_follows, tolerance
@@ -24,6 +26,7 @@ LEFT_OUT = ("density", "density_param_idx")  # None in these files
 RUNS = [(case.name, file) for case in CASES for file in case.golden if not file.startswith("tx_")]
 ZCLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_zclip")]
 AGC = "tx_agc__clip0.1"
+OTHERS = ("tx_pgc__nhwc", "tx_pascanu_reg__transcribed")  # no part of a step: the last tests
 CLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_clip")]
 
 
@@ -61,7 +64,7 @@ class Golden:
 
 
 def test_every_golden_file_is_replayed():
-    assert {file for _, file in RUNS + CLIPS + ZCLIPS} | {AGC} == {x.stem for x in FOLDER.glob("*.npz")}
+    assert {file for _, file in RUNS + CLIPS + ZCLIPS} | {AGC, *OTHERS} == {x.stem for x in FOLDER.glob("*.npz")}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -172,3 +175,33 @@ def test_adaptive_clip_cuts_as_the_authors_do(backend):
     for (before, after), theirs in zip(seen, clipped, strict=True):
         np.testing.assert_allclose((before - after).numpy(), theirs, rtol=2e-6, atol=1e-9)
     assert sum(not np.allclose(g, c) for g, c in zip(grads, clipped, strict=True)) == 5
+
+
+@pytest.mark.parametrize("channel_dim", [-1, 1])
+def test_pixelwise_clip_is_the_authors_with_channels_last_and_first(channel_dim):
+    golden = Golden("tx_pgc__nhwc")
+    given, expected = (np.moveaxis(golden.arrays[name], -1, channel_dim) for name in ("grad", "out_type0"))
+    clip = golden.arguments["clip"]
+    assert not np.array_equal(given, expected)
+    image = torch.zeros(given.shape, requires_grad=True)
+    gradkit.transforms.pixelwise_clip(clip, channel_dim)(image).backward(torch.tensor(given))
+    reference = pixelwise_clip.clipped(given.astype(np.float64), clip, channel_dim, "inf")
+    for ours in (image.grad.numpy(), reference):
+        np.testing.assert_allclose(ours, expected, rtol=tolerance("golden", torch.float32), atol=0)
+
+
+def test_the_vanishing_gradient_penalty_is_the_authors():
+    """Their states are rows, h W: W is the transpose of torch's weight_hh."""
+    arrays = Golden("tx_pascanu_reg__transcribed").arrays
+    weight = torch.tensor(arrays["W_hh"].T, requires_grad=True)
+    hidden = [torch.tensor(h, requires_grad=True) for h in arrays["h"]]
+    for h, grad in zip(hidden, arrays["dE_dh"], strict=True):
+        h.grad = torch.tensor(grad)
+    omega = gradkit.losses.vanishing_gradient_penalty(hidden, weight, squared=True)
+    omega.backward()
+    doubled = (arrays[name].astype(np.float64) for name in ("h", "dE_dh"))
+    reference = vanishing_gradient_penalty.penalty(*doubled, arrays["W_hh"].T.astype(np.float64), "tanh", True)
+    relative, largest = tolerance("golden", torch.float32), np.abs(arrays["grad_W_hh"]).max()
+    for value, grad in ((omega.item(), weight.grad.numpy()), reference):
+        np.testing.assert_allclose(value, arrays["omega"], rtol=relative)
+        np.testing.assert_allclose(grad.T, arrays["grad_W_hh"], rtol=relative, atol=relative * largest)

@@ -5,6 +5,7 @@ from .clip import clip_by_global_norm, clip_by_norm, clip_by_value, norm_growth_
 from .filter import grokfast_ema, grokfast_ma
 from .mask import cautious
 from .stable import adaclip, adagn
+from .tap import pixelwise_clip
 from .zclip import zclip
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "grokfast_ema",
     "grokfast_ma",
     "norm_growth_limit",
+    "pixelwise_clip",
     "spike_clip",
     "zclip",
 ]
