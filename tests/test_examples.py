@@ -137,7 +137,7 @@ def test_what_is_recovered_is_a_share_of_what_the_spikes_cost(survive_spikes: An
 
 
 def test_evidence_rows_run(tmp_path: Path) -> None:
-    output = run(tmp_path, "bench/evidence.py", "--cap", "10", "--out", str(tmp_path))
+    output = run(tmp_path, "bench/evidence.py", "--cap", "5", "--out", str(tmp_path))
     rows = json.loads((tmp_path / "evidence.json").read_text())
     assert set(rows) == set(ROWS)
     for row in rows.values():
