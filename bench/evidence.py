@@ -300,8 +300,8 @@ def spikes(cap: int | None) -> Row:
         "Beside its own run without spikes (seed 0) StableSPAM loses 0.12 nats, SPAM and the clips 0.01 to 0.02. The "
         "gates, SPAM's threshold and the gammas were set with a run on another text at lr 0.003; at that lr the gates "
         "hold here too (seed 0). For each of the first seven rows lr 0.006 is the best of 0.003, 0.006 and 0.012 at "
-        "seed 0 (spike clip: 0.005 better at 0.012). SPAM's default threshold leaves a spike 70 times the usual size; "
-        "resets cost it more than they save in so short a run."
+        "seed 0 (spike clip: 0.005 better at 0.012). SPAM's default threshold leaves a spike up to 70 times the "
+        "usual size; resets cost it more than they save in so short a run."
     )
 
     def draw(out: Path) -> str:
