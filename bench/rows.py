@@ -21,7 +21,7 @@ class Row(NamedTuple):
     name: str
     package: str  # as it is installed
     algorithm: str
-    bytes: int  # an element: gradient read; parameter and each slot read and written
+    bytes: int  # an element: gradient read, once more for each measure; parameter and each slot read and written
     make: Make
     dtype: torch.dtype = torch.float32
     limits: str = ""  # which bars hold for it
@@ -90,8 +90,9 @@ class WithClip:
         self.optimizer.step()
 
 
-BYTES = {"AdamW": 28, "Lion": 20, "DiffGrad": 36, "AdEMAMix": 36, "Grokfast": 36}
-BF16_BYTES = {"AdamW": 22, "Lion": 14, "DiffGrad": 30, "AdEMAMix": 30, "Grokfast": 30}  # slots are float32
+BYTES = {"AdamW": 28, "Lion": 20, "DiffGrad": 36, "AdEMAMix": 36, "Grokfast": 36, "SPAM": 28, "StableSPAM": 36}
+# The slots are float32.
+BF16_BYTES = {"AdamW": 22, "Lion": 14, "DiffGrad": 30, "AdEMAMix": 30, "Grokfast": 30, "SPAM": 22, "StableSPAM": 26}
 
 
 CLIPPED, CLIPPED_BF16 = (f"torch AdamW fused{dtype}, clip_grad_norm_" for dtype in ("", " bf16"))
@@ -152,8 +153,9 @@ def torch_rows() -> list[Row]:
 
 
 def peers() -> list[Row]:
+    many = ("Lion", "DiffGrad", "AdEMAMix", "GrokFastAdamW", "SPAM", "StableSPAM")
     modules = {
-        "pytorch_optimizer": ("pytorch_optimizer", ("Lion", "DiffGrad", "AdEMAMix", "GrokFastAdamW")),
+        "pytorch_optimizer": ("pytorch_optimizer", many),
         "heavyball": ("heavyball", ("AdamW", "AdEMAMix")),
         "torch-optimi": ("optimi", ("AdamW", "Lion")),
         "bitsandbytes": ("bitsandbytes", ("optim.AdamW", "optim.Lion", "optim.AdEMAMix")),

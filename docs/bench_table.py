@@ -16,22 +16,25 @@ def newest(folder: Path) -> Path | None:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Called by mkdocs before the pages: the plot stands beside the results, outside docs/."""
+    """Called by mkdocs before the pages: the pictures stand beside the results, outside docs/."""
     from mkdocs.structure.files import File
 
     file = newest(RESULTS)
     if file and file.with_suffix(".png").exists():
         files.append(File.generated(config, PLOT, abs_src_path=str(file.with_suffix(".png"))))
+    for picture in RESULTS.glob("evidence-*.png"):
+        files.append(File.generated(config, picture.name, abs_src_path=str(picture)))
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by mkdocs for each page."""
+    up = "../" * page.file.src_uri.count("/")  # to where the pictures are
     if "<!-- bench -->" in markdown:
         markdown = markdown.replace("<!-- bench -->", bench(RESULTS))
     while "<!-- evidence: " in markdown:
         key = markdown.split("<!-- evidence: ", 1)[1].split(" -->", 1)[0]
-        markdown = markdown.replace(f"<!-- evidence: {key} -->", evidence(RESULTS, key))
+        markdown = markdown.replace(f"<!-- evidence: {key} -->", evidence(RESULTS, key, up))
     return markdown
 
 
@@ -45,15 +48,17 @@ def bench(folder: Path) -> str:
     return f"From `bench/results/{file.name}`.\n\n{plot}\n\n{report.strip()}"
 
 
-def evidence(folder: Path, key: str) -> str:
-    """One experiment of evidence.json as Markdown."""
+def evidence(folder: Path, key: str, up: str = "") -> str:
+    """One experiment of evidence.json as Markdown; `up` leads from the page to the pictures."""
     file = folder / "evidence.json"
     found = json.loads(file.read_text()).get(key) if file.exists() else None
     if not found:
         return NO_EVIDENCE
     gates = "\n".join(f"- {cell(met)}: {gate}" for gate, met in found["gates"].items())
     head, *body = found["table"]
-    parts = [found["setting"], table(head, body), gates, found.get("word", ""), f"{found['date']}; {found['machine']}."]
+    picture = f"![loss curves]({up}{found['picture']})" if "picture" in found else ""
+    date = f"{found['date']}; {found['machine']}."
+    parts = [found["setting"], table(head, body), gates, picture, found.get("word", ""), date]
     return "\n\n".join(p for p in parts if p)
 
 

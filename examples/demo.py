@@ -5,10 +5,8 @@
 
 import argparse
 import math
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,24 +14,17 @@ from typing import Any
 import language_model
 import text
 import torch
+from curves import Params, Progress, Run, draw, follow
 
 import gradkit
 
 SEED = 0
-Params = list[torch.nn.Parameter]
 
 
 @dataclass
-class Entry:
-    """One optimizer: how it is made, how it is drawn, and what came out."""
+class Entry(Run):
+    """A run of the demo, and what its steps cost."""
 
-    name: str
-    settings: str
-    make: Callable[[Params, int], torch.optim.Optimizer]
-    color: str
-    line: str = "-"
-    losses: list[float] = field(default_factory=list)
-    held_out: list[tuple[int, float]] = field(default_factory=list)
     step_ms: float = math.nan
     state_bytes: int = 0
 
@@ -72,31 +63,13 @@ def entries() -> list[Entry]:
     ]
 
 
-class Progress:
-    """A bar on a terminal; a line at each quarter where the output goes to a file."""
-
-    def __init__(self, name: str, steps: int):
-        self.name, self.steps, self.started, self.drawn = name, steps, time.perf_counter(), 0.0
-
-    def show(self, done: int, loss: float) -> None:
-        now, last = time.perf_counter(), done == self.steps
-        line = f"{self.name:<18} {done:>5}/{self.steps}  loss {loss:.3f}  {now - self.started:4.0f} s"
-        if not sys.stdout.isatty():
-            if done * 4 // self.steps > (done - 1) * 4 // self.steps:
-                print(line, flush=True)
-        elif last or now - self.drawn > 0.1:
-            self.drawn = now
-            full = 28 * done // self.steps
-            print(f"\r{line}  {'━' * full}{'╌' * (28 - full)}", end="\n" if last else "", flush=True)
-
-
 def train(entry: Entry, corpus: language_model.Corpus, steps: int) -> language_model.LanguageModel:
     """The same first weights and the same batches for each entry."""
     model = language_model.build(len(corpus.alphabet), SEED)
     optimizer = entry.make(list(model.parameters()), steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, language_model.schedule(steps))
     progress, times = Progress(entry.name, steps), []
-    for n, (x, y) in enumerate(corpus.batches(steps, SEED), 1):
+    for x, y in corpus.batches(steps, SEED):
         loss = language_model.cross_entropy(model(x), y)
         loss.backward()
         start = time.perf_counter()
@@ -104,10 +77,7 @@ def train(entry: Entry, corpus: language_model.Corpus, steps: int) -> language_m
         times.append(time.perf_counter() - start)
         scheduler.step()
         optimizer.zero_grad()
-        entry.losses.append(loss.item())
-        if n % max(100, steps // 10) == 0 or n == steps:
-            entry.held_out.append((n, corpus.held_out_loss(model)))
-        progress.show(n, sum(entry.losses[-20:]) / len(entry.losses[-20:]))
+        follow(entry, loss.item(), lambda: corpus.held_out_loss(model), progress)
     entry.step_ms = 1000 * median(times)
     slots = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     entry.state_bytes = sum(slot.numel() * slot.element_size() for slot in slots)
@@ -147,56 +117,16 @@ One seed of one small model: it shows that they run side by side, not which to u
     )
 
 
-def smooth(losses: list[float], keep: float) -> list[float]:
-    """A running mean that forgets, corrected for its start at zero."""
-    mean, curve = 0.0, []
-    for n, loss in enumerate(losses, 1):
-        mean = keep * mean + (1 - keep) * loss
-        curve.append(mean / (1 - keep**n))
-    return curve
+def draw_all(results: list[Entry], pair_loss: float, out: Path) -> str:
+    """The loss curves, and what counting pairs reaches; returns what to tell the user."""
 
+    def mark(axes: Any) -> None:
+        axes.axhline(pair_loss, color="#999999", linewidth=1, linestyle=":")
+        place = {"color": "#777777", "ha": "right", "va": "bottom", "fontsize": 9}
+        axes.text(len(results[0].losses), pair_loss, "counting pairs of characters", **place)
 
-def label_ends(axes: Any, results: list[Entry]) -> None:
-    """Name and last held-out loss beside each curve's end, none over another."""
-    low, high = axes.get_ylim()
-    place = -math.inf
-    for e in sorted(results, key=lambda e: e.held_out[-1][1]):
-        step, loss = e.held_out[-1]
-        place = max(place + 0.045 * (high - low), loss)
-        axes.text(1.03 * step, place, f"{e.name} {loss:.3f}", color=e.color, va="center", fontsize=9)
-    first, _ = axes.set_xlim(right=1.6 * step)  # room for the labels, without ticks under it
-    axes.set_xticks([tick for tick in axes.get_xticks() if first <= tick <= step])
-
-
-def draw(results: list[Entry], pair_loss: float, out: Path) -> str:
-    """The loss curves; returns what to tell the user."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "no picture: matplotlib is missing (pip install 'gradkit[plot]')"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    steps = len(results[0].losses)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), width_ratios=(3, 2), layout="constrained")
-    for n, e in enumerate(results):
-        over = 9 - n  # the dashed line over the one that it all but equals
-        curve = smooth(e.losses, 1 - min(1.0, 40 / steps))
-        left.plot(range(1, steps + 1), curve, e.line, color=e.color, label=f"{e.name}, {e.settings}", zorder=over)
-        late = [point for point in e.held_out if point[0] >= 0.4 * steps]
-        right.plot(*zip(*late, strict=True), e.line, color=e.color, marker="o", markersize=4, zorder=over)
-    left.axhline(pair_loss, color="#999999", linewidth=1, linestyle=":")
-    left.text(steps, pair_loss, "counting pairs of characters", color="#777777", ha="right", va="bottom", fontsize=9)
-    label_ends(right, results)
-    left.set(xlabel="step", ylabel="loss, nats a character", title="training loss, smoothed")
-    left.legend(frameon=False)
-    right.set(xlabel="step", title="held-out loss, later part of the run")
-    for axes in (left, right):
-        axes.grid(color="#eeeeee")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("A small character language model: same weights, batches, schedule and steps for each optimizer")
-    figure.savefig(out, dpi=120)
-    return f"picture: {out.resolve()}"
+    title = "A small character language model: same weights, batches, schedule and steps for each optimizer"
+    return draw(results, title, out, mark)
 
 
 def main() -> None:
@@ -214,7 +144,7 @@ def main() -> None:
     print_table(results)
     print_remarks(results, corpus.pair_loss())
     print(f"\nThe model that AdEMAMix trained writes:\n  {' '.join(sample.split())}\n")
-    print(draw(results, corpus.pair_loss(), options.out))
+    print(draw_all(results, corpus.pair_loss(), options.out))
 
 
 if __name__ == "__main__":

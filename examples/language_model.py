@@ -91,10 +91,34 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
+def warmup(steps: int) -> int:
+    """Steps until lr is there: a twentieth of the run."""
+    return max(1, steps // 20)
+
+
 def schedule(steps: int) -> Callable[[int], float]:
-    """The factor on lr at a step: up over the first twentieth, then down along a cosine to a tenth."""
-    warmup = max(1, steps // 20)
-    return lambda n: min((n + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * n / steps))
+    """The factor on lr at a step: up over the warm-up, then down along a cosine to a tenth."""
+    return lambda n: min((n + 1) / warmup(steps), 0.55 + 0.45 * math.cos(math.pi * n / steps))
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    corpus: Corpus,
+    steps: int,
+    seed: int,
+    disturb: Callable[[int], None] = lambda step: None,
+) -> Iterator[float]:
+    """Step by step: yields each one's loss. `disturb` is called with its number, from 1, between gradients and step."""
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps))
+    for n, (x, y) in enumerate(corpus.batches(steps, seed), 1):
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        disturb(n)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        yield loss.item()
 
 
 def write(model: LanguageModel, corpus: Corpus, start: str, length: int, seed: int) -> str:

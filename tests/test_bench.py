@@ -134,8 +134,9 @@ def test_bytes_of_a_row_are_those_of_its_plan(row):
     assert f"; {row.bytes} bytes an element" in optimizer.explain()
 
 
-def test_the_five_optimizers_and_the_chain_have_bars():
-    assert {"AdamW", "Lion", "DiffGrad", "AdEMAMix", "Grokfast", "own"} <= {row.algorithm for row in NATIVE}
+def test_the_optimizers_and_the_chain_have_bars():
+    wanted = {"AdamW", "Lion", "DiffGrad", "AdEMAMix", "Grokfast", "SPAM", "StableSPAM", "own"}
+    assert wanted <= {row.algorithm for row in NATIVE}
     assert BYTES.keys() == BF16_BYTES.keys()
 
 
@@ -154,6 +155,15 @@ def test_adamw_may_take_as_long_as_fused(ratio, verdict):
 def test_other_rows_may_take_a_tenth_more_than_their_bytes():
     assert bars.ratio_limit(ROWS["gradkit Lion"]) == pytest.approx(1.1 * 20 / 28)
     assert bars.ratio_limit(ROWS["gradkit AdEMAMix"]) == pytest.approx(1.1 * 36 / 28)
+    assert bars.ratio_limit(ROWS["gradkit SPAM"]) == pytest.approx(1.1)  # AdamW's bytes, not AdamW's bar
+    assert bars.ratio_limit(ROWS["gradkit StableSPAM"]) == pytest.approx(1.1 * 36 / 28)
+
+
+@pytest.mark.parametrize("algorithm", ["SPAM", "StableSPAM"])
+def test_a_peers_version_stands_beside_ours(algorithm):
+    results = {name: {"gpt2": {"ratio": 2.0}} for name in (f"gradkit {algorithm}", f"pytorch_optimizer {algorithm}")}
+    found = bars.bars(ROWS[f"gradkit {algorithm}"], ROWS, results)
+    assert f"GPT-2: ratio of pytorch_optimizer {algorithm}" in [bar.what for bar in found]
 
 
 def test_what_was_not_measured_is_a_miss():

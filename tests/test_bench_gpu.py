@@ -36,7 +36,8 @@ def test_a_row_of_ours_names_the_backend_and_what_runs_beside_it():
             row.make([torch.nn.Parameter(torch.ones(3, dtype=row.dtype))]).explain()
         assert all(name in GPU_ROWS for name in row.also)
     full, low = ({row.algorithm for row in TRITON if row.dtype == d} for d in (torch.float32, torch.bfloat16))
-    assert low == {"AdamW", "Lion", "DiffGrad", "AdEMAMix", "Grokfast", "AdamW, clip"} and full == low | {"own"}
+    wanted = {"AdamW", "Lion", "DiffGrad", "AdEMAMix", "Grokfast", "SPAM", "StableSPAM", "AdamW, clip"}
+    assert low == wanted and full == low | {"own"}
     assert {name for name, row in ROWS.items() if row.package != "gradkit"} < GPU_ROWS.keys()
 
 

@@ -256,6 +256,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quiet)
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     assert (tmp_path / "site" / "one-gradient" / "index.html").exists()
+    assert 'src="../../evidence-spikes.png"' in (tmp_path / "site" / "optimizers" / "spam" / "index.html").read_text()
 
 
 def test_the_newest_measurements_stand_on_the_page_and_misses_stand_out(tmp_path):
@@ -269,9 +270,10 @@ def test_the_newest_measurements_stand_on_the_page_and_misses_stand_out(tmp_path
     assert "of 2026-02-01" in text and "01-31" not in text and "# Title" not in text
     assert text.endswith("- **MISS** Lion: start-up")
     one = {"setting": "s", "table": [["a"], ["1|2"]], "gates": {"g": False}, "word": "w", "date": "d", "machine": "m"}
-    (tmp_path / "evidence.json").write_text(json.dumps({"lion": one}))
+    (tmp_path / "evidence.json").write_text(json.dumps({"lion": one, "spam": one | {"picture": "p.png"}}))
     text = hook.evidence(tmp_path, "lion")
-    assert "- **missed**: g" in text and r"| 1\|2 |" in text
+    assert "- **missed**: g" in text and r"| 1\|2 |" in text and "![" not in text
+    assert "](../p.png)" in hook.evidence(tmp_path, "spam", "../")
 
 
 def test_a_committed_report_is_the_one_of_its_measurements():

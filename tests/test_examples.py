@@ -8,12 +8,15 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("AdamW", "AdEMAMix", "DiffGrad", "Lion")
-ROWS = ("diffgrad", "grokfast", "ademamix")
+ROWS = ("diffgrad", "grokfast", "ademamix", "spikes")
+SURVIVORS = ("AdamW, norm clip", "AdamW, zclip", "AdamW, spike clip", "SPAM", "StableSPAM")
 
 
 def run(folder: Path, script: str, *arguments: str, path: tuple[Path, ...] = ()) -> str:
@@ -31,6 +34,21 @@ def table(output: str) -> dict[str, list[str]]:
     """The demo's table: name -> train loss, held-out loss, ms a step, state bytes."""
     rows = re.findall(r"^(\S+) +lr \S+ +([\d.]+) +([\d.]+) +([\d.]+) +([\d,]+)$", output, re.MULTILINE)
     return {name: values for name, *values in rows}
+
+
+def assert_drawn(file: Path, output: str) -> None:
+    """A picture is there, large enough to be one, and the output says where."""
+    picture = file.read_bytes()
+    width, height = struct.unpack(">II", picture[16:24])
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and width >= 1000 and height >= 500 and len(picture) > 20_000
+    assert f"picture: {file.resolve()}" in output
+
+
+@pytest.fixture
+def survive_spikes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The example, imported as its neighbours import each other."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module("survive_spikes")
 
 
 def test_swapped_optimizer_resumes_bitwise(tmp_path: Path) -> None:
@@ -73,10 +91,7 @@ def test_demo_compares_five_and_draws_them(tmp_path: Path) -> None:
     size = {name: int(values[3].replace(",", "")) for name, values in rows.items()}
     assert size["AdamW"] == size["torch.optim.AdamW"] and size["Lion"] < 0.51 * size["AdamW"]
     assert output.count(" 20/20 ") == 5 and "\r" not in output
-    picture = (tmp_path / "demo.png").read_bytes()
-    width, height = struct.unpack(">II", picture[16:24])
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and width >= 1000 and height >= 500 and len(picture) > 20_000
-    assert f"picture: {tmp_path.resolve() / 'demo.png'}" in output
+    assert_drawn(tmp_path / "demo.png", output)
 
 
 def test_demo_without_matplotlib_still_prints_the_table(
@@ -91,14 +106,52 @@ def test_demo_without_matplotlib_still_prints_the_table(
     assert "matplotlib is missing" in output and not (tmp_path / "demo.png").exists()
 
 
+def test_survivors_of_spikes_are_compared_and_drawn(tmp_path: Path) -> None:
+    output = run(tmp_path, "examples/survive_spikes.py", "--steps", "20")
+    rows = re.findall(r"^(\S.*?) {2,}\S.*? +[\d.]+ +(?:-?\d+%|-)$", output, re.MULTILINE)
+    assert rows == ["AdamW, no spikes", "AdamW", *SURVIVORS], output
+    assert "Spikes at steps 17\n" in output and output.count(" 20/20 ") == len(rows)
+    assert_drawn(tmp_path / "survive_spikes.png", output)
+
+
+def test_spikes_strike_the_same_entries_of_the_same_steps(survive_spikes: Any) -> None:
+    first, again, other = (survive_spikes.Spikes(400, seed) for seed in (3, 3, 4))
+    assert first.steps == again.steps != other.steps and len(first.steps) == 19 and first.steps[0] > 20
+    calm, step = next(n for n in range(21, 400) if n not in first.steps), first.steps[0]
+    p, q = (torch.nn.Parameter(torch.zeros(100, 100)) for _ in range(2))
+    p.grad, q.grad = torch.ones(100, 100), torch.ones(100, 100)
+    first.strike(calm, [p])
+    assert torch.equal(p.grad, torch.ones(100, 100))
+    first.strike(step, [p])
+    again.strike(step, [q])
+    assert torch.equal(p.grad, q.grad) and set(p.grad.unique().tolist()) == {1.0, 1000.0}
+    assert (p.grad == 1000).double().mean().item() == pytest.approx(0.1, abs=0.015)
+
+
+def test_spikes_reach_the_optimizer_of_a_spiked_run_alone(survive_spikes: Any) -> None:
+    corpus = survive_spikes.language_model.Corpus(survive_spikes.text.load())
+    clean, spiked = survive_spikes.entries()[:2]
+    at_end = [survive_spikes.train(entry, corpus, 4, 0) for entry in (clean, spiked)]
+    (struck,) = survive_spikes.Spikes(4, 0).steps
+    assert clean.losses[:struck] == spiked.losses[:struck], "a spike is felt from the step after it on"
+    assert abs(at_end[0] - at_end[1]) > 1e-3
+
+
+@pytest.mark.parametrize(("loss", "share"), [(1.5, "0%"), (1.2, "75%"), (1.1, "100%"), (1.0, "125%"), (1.7, "-50%")])
+def test_what_is_recovered_is_a_share_of_what_the_spikes_cost(survive_spikes: Any, loss: float, share: str) -> None:
+    assert survive_spikes.recovered(loss, clean=1.1, spiked=1.5) == share
+    assert survive_spikes.recovered(loss, clean=1.5, spiked=1.5) == "-", "nothing was lost"
+
+
 def test_evidence_rows_run(tmp_path: Path) -> None:
-    output = run(tmp_path, "bench/evidence.py", "--cap", "20", "--out", str(tmp_path))
+    output = run(tmp_path, "bench/evidence.py", "--cap", "5", "--out", str(tmp_path))
     rows = json.loads((tmp_path / "evidence.json").read_text())
     assert set(rows) == set(ROWS)
     for row in rows.values():
         assert set(row["gates"].values()) == {None}, "a capped run must not claim that a gate is met"
         assert all(gate in output for gate in row["gates"]) and "torch" in row["machine"]
-    assert (tmp_path / "evidence.md").read_text().count("\n## ") == 3
+    assert (tmp_path / "evidence.md").read_text().count("\n## ") == len(ROWS)
+    assert_drawn(tmp_path / "evidence-spikes.png", output)
 
 
 def test_evidence_goes_on_with_the_rows_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,3 +173,4 @@ def test_committed_evidence_has_every_row_judged() -> None:
     page = (ROOT / "bench" / "results" / "evidence.md").read_text()
     for row in rows.values():
         assert row["title"] in page and None not in row["gates"].values()
+        assert "picture" not in row or (ROOT / "bench" / "results" / row["picture"]).stat().st_size > 20_000
