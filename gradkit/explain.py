@@ -20,6 +20,16 @@ def describe(optimizer: "Optimizer") -> str:
     grads = expected(optimizer)
     batches = optimizer.batches(grads)
     lines = [f"{type(optimizer).__name__}: {len(grads)} parameters, {len(batches)} batches"]
+    lines += block(optimizer, batches)
+    if optimizer.counts_every:
+        lines.append(f"every {optimizer.counts_every} steps, counting:")
+        lines += block(optimizer, optimizer.batches(grads, optimizer.counting))
+    return "\n".join(lines)
+
+
+def block(optimizer: "Optimizer", batches: "list[Batch]") -> list[str]:
+    """What each batch runs."""
+    lines = []
     for batch in batches:
         backend, why = choose(optimizer.backend, batch)
         passes = batch.program.passes
@@ -39,13 +49,18 @@ def describe(optimizer: "Optimizer") -> str:
         slots += "".join(f", {n} once" for n in batch.program.shared)
         lines.append(f"  state: {slots or 'none'}; {held(batch)} bytes; write-back {batch.rounding}")
         lines.append(f"  backend: {backend.name} ({why})")
-    return "\n".join(lines)
+    return lines
 
 
 def expected(optimizer: "Optimizer") -> list[Tensor | None]:
     """The gradients; before there are any, tensors of their kind."""
     params = [p for g in optimizer.param_groups for p in g["params"]]
     return [p if p.grad is None and p.requires_grad else p.grad for p in params]
+
+
+def apart(value: object) -> object:
+    """A number that a plan would write to, as one of its own."""
+    return value.clone() if isinstance(value, Tensor) and not value.dim() else value
 
 
 def short(dtype: torch.dtype) -> str:
@@ -88,8 +103,8 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
     if not any(q is p for q in params) or p.grad is None:
         raise ValueError("trace: give a parameter of this optimizer that has a gradient: call it after backward()")
     state, groups = optimizer.state, optimizer.param_groups
-    optimizer.param_groups = [dict(g) for g in groups]
-    optimizer.state = defaultdict(dict, {q: dict(slots) for q, slots in state.items()})
+    optimizer.param_groups = [{k: apart(v) for k, v in g.items()} for g in groups]
+    optimizer.state = defaultdict(dict, {q: {n: apart(s) for n, s in slots.items()} for q, slots in state.items()})
     try:
         plan = optimizer._make_plan(optimizer.check_group, params, grads, [])
     finally:

@@ -7,17 +7,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import loading, sharding
+from . import loading, sharding, stats
 from .backends import choose
-from .chain import Chain, assemble
+from .chain import Chain, Placed, assemble
 from .chain import chain as make_chain
 from .explain import describe, trace
 from .options import (
+    COUNT,
     DTYPES,
     IN_GROUPS,
     Number,
     Range,
     builtin,
+    check_number,
     check_values,
     hint,
     listed,
@@ -46,6 +48,8 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     ranges: ClassVar[Mapping[str, Range]] = {}  # of a subclass's own hyperparameters
+    counts_every = 0  # steps; 0: never
+    _counted: stats.Counted | None = None
 
     def __init__(
         self, params: Any, chain: Chain | None = None, *, lr: Number = 1e-3, weight_decay: Number = 0.0, **options: Any
@@ -140,13 +144,21 @@ class Optimizer(torch.optim.Optimizer):
         built_in = as_chain(self.links(group))
         if not isinstance(built_in, Chain):
             raise TypeError(f"{type(self).__name__}: links() returned {built_in!r}; return chain(...)")
-        made = Program(assemble(self.transforms, built_in, l2, last), group)
-        program = self._programs.setdefault(made.key(), made)
+        program = self._program(assemble(self.transforms, built_in, l2, last), group)
         program.scalars.row(group, dict.fromkeys(program.scalars.counters, 1.0), 1.0)
         for ps in program.passes:
             if ps.measure and ps.measure.link.scope == "all":
                 shared(ps.measure, [*beside, group], 1.0)
         return program
+
+    def _program(self, pieces: Sequence[Placed], group: Mapping[str, Any]) -> Program:
+        """The one for such pieces."""
+        made = Program(pieces, group)
+        return self._programs.setdefault(made.key(), made)
+
+    def counting(self, group: Mapping[str, Any]) -> Program:
+        """What a group runs in a step that counts."""
+        return self._program(stats.counting(self.check_group(group).pieces), group)
 
     @torch._disable_dynamo  # traced, the table of scalars would be baked in
     @torch.no_grad()
@@ -172,8 +184,11 @@ class Optimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 self._check_values(group)
             self._checked = values
-        plan = self._fitting("step", self.check_group, grads)
+        counts = self.counts_every and (float(self.param_groups[0].get("clock", 0.0)) + 1) % self.counts_every == 0
+        plan = self._fitting(*(("stats", self.counting) if counts else ("step", self.check_group)), grads)
         plan.begin(self.param_groups)
+        if counts:
+            self._counted = stats.Counted.of(plan, self.param_groups)
         self.param_groups[0].setdefault("clock", torch.zeros((), dtype=torch.float64)).add_(1)
         for batch in plan.batches:  # nothing has changed up to here
             batch.count()
@@ -303,6 +318,20 @@ class Optimizer(torch.optim.Optimizer):
     def explain(self) -> str:
         """The plan as text: chain, passes, launches, bytes an element, state bytes, backend and why."""
         return describe(self)
+
+    def stats(self, every: int | None = None) -> dict[str, dict[str, float]]:
+        """What the last counting step did, by parameter: norms, what was clipped, resets. Waits for the device.
+
+        every: count on each step whose number it divides, from now on; 0: no more. Other steps are unchanged.
+        """
+        if every is not None:
+            check_number("stats", "every", every, COUNT)
+            self.counts_every, self._counted = int(every), None
+        elif not self.counts_every:
+            raise RuntimeError(
+                f"{type(self).__name__}.stats: nothing is counted; call stats(every=100) before training"
+            )
+        return self._counted.read() if self._counted else {}
 
     def trace(self, p: Tensor) -> list[tuple[str, Tensor]]:
         """One parameter's update after each link of the coming step, on cloned state; the last is its new value."""

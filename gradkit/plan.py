@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import sharding
 from .chain import Placed, share_slots
-from .reduction import order
+from .reduction import joined, order
 from .scalars import Scalars, look, number
 from .transform import Measure, Rule, Stage
 
@@ -159,6 +159,7 @@ class Batch:
         self.owners = [x.p for x in members]
         self.index = [x.at for x in members]
         self.group = [x.group for x in members]
+        self.names = [x.name for x in members]
         self.excluded = [kind.program.excluding(groups[x.group], x.name) for x in members]
         self.program, self.device, self.dtype, self.gdtype, slots, self.rounding, self.detour = kind
         self.slot_dtypes = dict(zip(self.program.slots, slots, strict=True))
@@ -178,16 +179,11 @@ class Batch:
         self.pointers = list(map(Tensor.data_ptr, chain(self.params, *self.slots.values())))
         self.counters: dict[str, np.ndarray] = {}
         for name in self.program.scalars.counters:  # one vector; the state holds 0-d views of it
-            vector = torch.stack([s[name] for s in states])
-            for s, view in zip(states, vector.unbind(), strict=True):
-                s[name] = view
-            self.counters[name] = vector.numpy()
+            self.counters[name] = joined(states, [name])[:, 0].numpy()
         names = self.program.memory  # one table; the state holds 0-d views of it
-        rows = [[s[n] for n in names] or [torch.zeros((), dtype=torch.float64, device=self.device)] for s in states]
-        self.memory = torch.stack([torch.stack(row) for row in rows])
+        spare = torch.zeros(len(states), 1, dtype=torch.float64, device=self.device)
+        self.memory = joined(states, names) if names else spare
         self.shared: dict[int, Tensor] = {}  # of each measure over all tensors, what it keeps
-        for s, kept_ in zip(states, self.memory.unbind(), strict=True):
-            s.update(zip(names, kept_.unbind(), strict=False))
         columns = len(self.program.scalars.measured)
         self.measured = torch.zeros(len(self.owners), max(1, columns), dtype=self.compute, device=self.device)
         columns = len(self.program.scalars.by_row)

@@ -24,10 +24,11 @@ class Reduction:
     def attach(self, first: dict[str, Any]) -> None:
         """Over all tensors: one vector of what the measure keeps; the first group holds 0-d views of it."""
         batch, ps = self.parts[0]
-        self.kept = torch.zeros(len(self.link.state), dtype=torch.float64, device=batch.device)
-        if self.link.scope == "all":
-            for name, view in zip(ps.memory, self.kept.unbind(), strict=True):
-                first[name] = view.copy_(first[name])
+        self.kept = torch.zeros(0)
+        if self.link.scope == "all" and ps.memory:
+            for name in ps.memory:
+                first[name] = torch.as_tensor(first[name], dtype=torch.float64, device=batch.device)
+            self.kept = joined([first], ps.memory)[0]
             for batch, ps in self.parts:
                 batch.shared[ps.end] = self.kept
 
@@ -107,6 +108,19 @@ def cells_of(batch: "Batch", ps: "Pass") -> list[Tensor]:
     return kept + [tables[c.table][:, c.at].double() for c in batch.program.scalars.of[ps.end]]
 
 
+def joined(states: Sequence[dict[str, Any]], names: Sequence[str]) -> Tensor:
+    """A table [states, names] of 0-d tensors, which become views of it, unless another plan has joined them already."""
+    cells = [s[n] for s in states for n in names]
+    base = cells[0]._base
+    if base is None or base.shape != (len(states), len(names)):
+        base = None
+    if base is None or any(x._base is not base or x.storage_offset() != i for i, x in enumerate(cells)):
+        base = torch.stack(cells).view(len(states), len(names)).clone()
+        for s, row in zip(states, base.unbind(), strict=True):
+            s.update(zip(names, row.unbind(), strict=True))
+    return base
+
+
 def order(batches: "Sequence[Batch]") -> list[Reduction]:
     """The measures in an order that suits every chain; one link's measure runs over all its batches at once."""
     waiting = []
@@ -117,7 +131,11 @@ def order(batches: "Sequence[Batch]") -> list[Reduction]:
         waiting.append((batch, list(zip(named, batch.program.passes, strict=False))))
     ordered = []
     while heads := [queue[0] for _, queue in waiting if queue]:
-        free = [key for key, _ in heads if all(key not in dict(queue[1:]) for _, queue in waiting)]
+        free = [
+            key
+            for key, ps in heads
+            if ps.measure.link.scope != "all" or all(key not in dict(queue[1:]) for _, queue in waiting)
+        ]
         if not free:
             names = ", ".join(sorted({ps.measure.label for _, ps in heads}))
             raise ValueError(f"the measures {names} stand in another order in another group: use one order")

@@ -78,10 +78,14 @@ def check_stage(link: str, stage: Any) -> None:
 class Rule(Link):
     """An elementwise link: `u`, `p` and `g` if it wants them, slots, scalars -> `u` and the new slots."""
 
-    def __init__(self, fn: Function, slots: Sequence[str | Slot], uses: Sequence[str], stage: Stage | None):
+    def __init__(
+        self, fn: Function, slots: Sequence[str | Slot], uses: Sequence[str], stage: Stage | None, counts: str
+    ):
         super().__init__(fn)
         check_stage(self.name, stage)
-        self.stage, self.uses = stage, listed_names(self.name, "uses", uses)
+        if counts and counts not in COUNTS:
+            raise ValueError(f"{self.name}: counts={counts!r}; use one of {', '.join(map(repr, COUNTS))}")
+        self.stage, self.uses, self.counts = stage, listed_names(self.name, "uses", uses), counts
         self.slots = tuple(s if isinstance(s, Slot) else Slot(s) for s in listed_names(self.name, "slots", slots))
         self.holds = tuple(s.name for s in self.slots) + self.uses  # owned before borrowed
         self.code = Code(fn, lambda name: name in ("u", "p", "g", *self.holds))
@@ -102,10 +106,13 @@ class Rule(Link):
 
 
 REDUCTIONS = ("sum", "mean", "max")
+COUNTS = ("clipped", "spikes", "win_rate")
 
 
 class Measure(Link):
     """Maps what flows, reduces it, and finishes to scalars that the links behind it may ask for by name.
+
+    The map sees `u`, and by name `p`, `g`, and `before`: what flowed into the rule in front of it.
 
     scope: "tensor" (each its own), "all" (every tensor whose chain holds this very link), or "row" (each slice along
         the first dimension; a tensor with fewer than two dimensions is one).
@@ -132,8 +139,8 @@ class Measure(Link):
                 raise ValueError(f"{self.name}: reduce {how!r}; use one of {', '.join(REDUCTIONS)}")
         self.code = Code(fn, lambda name: True)
         self.sees = tuple(self.code.params[1:])
-        if self.code.params[:1] != ["u"] or not set(self.sees) <= {"p", "g"}:
-            raise RuleError(f"{self.name}({', '.join(self.code.params)}): a measure maps u, and p and g if wanted")
+        if self.code.params[:1] != ["u"] or not set(self.sees) <= {"p", "g", "before"}:
+            raise RuleError(f"{self.name}({', '.join(self.code.params)}): a measure maps u, and p, g, before if wanted")
         if not self.code.no_source and len(self.code.returns) != len(self.reduce):
             raise RuleError(f"{self.name} returns {len(self.code.returns)} values; reduce names {list(self.reduce)}")
         known, returned = [*self.reduce, *self.state], [*self.gives, *self.state]
@@ -160,12 +167,21 @@ class Derive(Link):
 
 
 def rule(
-    fn: Any = None, *, slots: Sequence[str | Slot] = (), uses: Sequence[str] = (), stage: Stage | None = None
+    fn: Any = None,
+    *,
+    slots: Sequence[str | Slot] = (),
+    uses: Sequence[str] = (),
+    stage: Stage | None = None,
+    counts: str = "",
 ) -> Any:
-    """Make an elementwise link of a plain function. Without a stage it takes that of the link before it."""
+    """Make an elementwise link of a plain function. Without a stage it takes that of the link before it.
+
+    counts: what `opt.stats()` calls the entries that it makes smaller: "clipped" (their share), "spikes" (their
+        number) or "win_rate" (the share of the others).
+    """
     if fn is not None:
-        return Rule(fn, slots, uses, stage)
-    return lambda function: Rule(function, slots, uses, stage)
+        return Rule(fn, slots, uses, stage, counts)
+    return lambda function: Rule(function, slots, uses, stage, counts)
 
 
 def measure(

@@ -74,7 +74,7 @@ def expected(g: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 def laid_out(kind: str, dtype: torch.dtype) -> torch.Tensor:
     shapes = {"vector": (7,), "scalar": (), "flat row": (1, 9), "column": (9, 1), "empty": (0, 3), "no row": (3, 0)}
     shapes |= {"matrix": (5, 13), "channels_last": (4, 3, 5, 2), "transposed": (6, 5), "cube": (3, 2, 4)}
-    shapes |= {"many rows": (300, 700), "long rows": (3, csource.BLOCK * 2 + 5), "a long vector": (csource.BLOCK + 3,)}
+    shapes |= {"many rows": (100, 700), "long rows": (3, csource.BLOCK * 2 + 5), "a long vector": (csource.BLOCK + 3,)}
     x = torch.randn(shapes[kind], generator=torch.Generator().manual_seed(len(kind))).to(dtype)
     if kind == "channels_last":
         return x.to(memory_format=torch.channels_last)

@@ -166,12 +166,14 @@ class Writer:
                 f"{c.register} = beside(given + {c.at}, {self.layout.by_row}, past, length, at, left, FULL, TILE)"
             )
         if self.kahan:
-            lines += ["stored = p", "p = stored + rest", "before = p"]
+            lines += ["stored = p", "p = stored + rest", "p_before = p"]
         lines += ["g = -g"] * self.kind.program.maximize + ["u = g"]
         for i, placed in self.ps.rules:
             rule, registers = placed.link, [f"s_{n}" for n in placed.holds]
             given = ["u", *rule.sees, *registers, *(c.register for c in self.kind.program.scalars.of[i])]
             flows = "p" if rule.stage == Stage.WRITE else "u"
+            if self.ps.measure and (i, placed) == self.ps.rules[-1]:
+                lines.append("before = u")
             name = self.function(f"r{i}_{rule.name}", rule)
             lines.append(f"{', '.join([flows, *registers])} = {name}({', '.join(given)})")
         return lines
@@ -225,7 +227,7 @@ def write(kind: "Kind") -> list[str]:
     if kind.rounding == "kahan":  # one that did not move keeps its bits, also on a tie
         return [
             f"near = widen(narrow(p, {low}))",
-            "moved = p != before",
+            "moved = p != p_before",
             stored("p", f"narrow(tl.where(moved, near, stored), {low})"),
             stored("rest", f"narrow(tl.where(moved, p - near, rest), {low})"),
         ]

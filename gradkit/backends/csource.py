@@ -107,7 +107,10 @@ def source(kind: "Kind", ps: "Pass") -> str:
     body += ["g = -g;"] * kind.program.maximize + ["T u = g;"]
     if kind.rounding == "kahan" and ps.writes:
         body.append("T p_before = p;")
-    body += links(kind, ps)
+    rules = links(kind, ps)
+    if ps.measure and "before" in ps.measure.link.sees:
+        rules.insert(len(rules) - 1, "T before = u;")
+    body += rules
     codes = [x.link.code for _, x in ps.rules] + ([ps.measure.link.code] if ps.measure else [])
     used = sorted({c for i, _ in ps.rules for c in kind.program.scalars.of[i]})
     lets = [f"const T {c.register} = {c.table.upper()}[{c.at}];" for c in used if c.table != "r"]

@@ -94,12 +94,13 @@ class Eager:
             p = p + part.residual.to(b.compute)
         if b.program.maximize:
             g = -g
-        seen = {"u": g, "p": p, "g": g, **{f"slot {n}": t.to(b.compute) for n, t in part.slots.items()}}
+        seen = {"u": g, "p": p, "g": g, "before": g, **{f"slot {n}": t.to(b.compute) for n, t in part.slots.items()}}
         for i, placed in ps.rules:
             rule, held = placed.link, [f"slot {n}" for n in placed.holds]
             scalars = [self.scalar(part, c) for c in b.program.scalars.of[i]]
             out = rule.fn(seen["u"], *(seen[n] for n in (*rule.sees, *held)), *scalars)
             results = out if isinstance(out, tuple) else (out,)
+            seen["before"] = seen["u"]
             flows = "p" if rule.stage == Stage.WRITE else "u"
             seen.update(zip((flows, *held), results, strict=True))
             if note:

@@ -18,7 +18,7 @@ def reset_moments(u, exp_avg, exp_avg_sq, reset):
     return u, where(reset > 0.5, 0.0, exp_avg), where(reset > 0.5, 0.0, exp_avg_sq)
 
 
-@rule(uses=("exp_avg_sq",), stage=Stage.PRECONDITION)
+@rule(uses=("exp_avg_sq",), stage=Stage.PRECONDITION, counts="spikes")
 def clip_spikes(u, exp_avg_sq, threshold, clipping, floor):
     """Cut what exceeds the mean square of the steps before, where there is one."""
     limit = threshold * exp_avg_sq
@@ -44,7 +44,7 @@ def spam_scalars(
         "w1": 1 - b1, "k2": b2, "w2": 1 - b2, "a": a, "b": 1.0, "e": eps,
         "reset": resets, "threshold": threshold or 0.0, "clipping": since >= clip_free_steps,
         "floor": -1.0 if clip_zero_variance or official_quirks else 0.0,
-        "step": k,
+        "step": k, "resets": clock // reset_every if reset_every else 0,
     }  # fmt: skip
 
 

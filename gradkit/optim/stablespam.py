@@ -39,7 +39,8 @@ def stablespam_scalars(betas, gammas, eps, step, stat_step, clock, total_steps, 
     k = 1.0 if resets else step
     n = step if official_quirks else stat_step  # theirs is one counter, set back after the gradient was measured
     measured = {**adaclip_scalars(g3, n), **adagn_scalars((g1, g2), n)}
-    return {**measured, **adam_scalars((b1, b2), eps, k), "reset": resets, "step": k}
+    count = clock // reset_every if reset_every else 0
+    return {**measured, **adam_scalars((b1, b2), eps, k), "reset": resets, "step": k, "resets": count}
 
 
 class StableSPAM(Optimizer):

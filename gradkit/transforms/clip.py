@@ -14,17 +14,17 @@ from ..transform import Stage, derive, measure, rule
 BELOW = {"max_norm": LIMIT}
 
 
-@rule
+@rule(counts="clipped")
 def scale(u, coef):
     return u * coef
 
 
-@rule
+@rule(counts="clipped")
 def clip_value(u, limit):
     return where(absolute(u) > limit, sign(u) * limit, u)
 
 
-@rule(slots=("spike_sq",))
+@rule(slots=("spike_sq",), counts="spikes")
 def cut_spikes(u, spike_sq, limit, k2, w2):
     bound = limit * spike_sq
     u = where((spike_sq > 0.0) & (u * u > bound), sign(u) * sqrt(bound), u)

@@ -24,7 +24,7 @@ def largest_entry(u):
     return absolute(u)
 
 
-@rule
+@rule(counts="spikes")
 def shrink_spikes(u, limit, shrink):
     return where(absolute(u) > limit, u * shrink, u)
 

@@ -21,7 +21,7 @@ from gradkit.ops import absolute, exp, log, minimum, sigmoid, sqrt, tanh, where
 from gradkit.transforms import clip
 from gradkit.triton_kernels import as_jit, launch
 from gradkit.triton_kernels.memory import INTERPRETED
-from tests import test_measures, test_rows
+from tests import test_measures, test_rows, test_stats
 from tests.runs import ran_on
 from tests.test_beside import COLLECT, FACTOR, optimizer_of
 from tests.test_random import any_floats, int64, same_bits
@@ -279,3 +279,12 @@ def test_rows_of_float64_run_on_eager():
         optimizer, (p,), (x,) = test_rows.stepped("triton", ["matrix"], dtype)
         torch.testing.assert_close(p.detach().double(), x, rtol=2e-5, atol=2e-5)
         assert ran_on(optimizer) == {"triton" if dtype == torch.float32 else "eager"}
+
+
+@pytest.mark.parametrize("name", test_stats.MAKERS)
+def test_counting_changes_no_bit_and_plans_twice(name):
+    test_stats.test_counting_changes_no_bit_and_plans_twice(name, "triton")
+
+
+def test_norms_and_shares_are_those_of_the_step():
+    test_stats.test_norms_and_shares_are_those_of_the_step("triton")
