@@ -12,7 +12,7 @@
 | `Optimizer` | your own chain of rules, measures and transforms | |
 """
 
-from . import losses, ops, transforms
+from . import estimators, losses, ops, transforms
 from .chain import Chain, chain
 from .language import RuleError, fn
 from .optim.adamw import AdamW
@@ -42,6 +42,7 @@ __all__ = [
     "Stage",
     "chain",
     "derive",
+    "estimators",
     "fn",
     "losses",
     "measure",
