@@ -9,6 +9,7 @@
 | `Grokfast` | Adam behind a filter that amplifies slow gradients | https://arxiv.org/abs/2405.20233 |
 | `SPAM` | Adam that cuts spikes and forgets its momentum | https://arxiv.org/abs/2501.06842 |
 | `StableSPAM` | SPAM with limits and norms that adapt | https://arxiv.org/abs/2502.17055v2 |
+| `Sophia` | a momentum over the Hessian's diagonal, limited | https://arxiv.org/abs/2305.14342 |
 | `Optimizer` | your own chain of rules, measures and transforms | |
 """
 
@@ -20,6 +21,7 @@ from .optim.ademamix import AdEMAMix
 from .optim.diffgrad import DiffGrad
 from .optim.grokfast import Grokfast
 from .optim.lion import Lion
+from .optim.sophia import Sophia
 from .optim.spam import SPAM
 from .optim.stablespam import StableSPAM
 from .optimizer import Optimizer
@@ -38,6 +40,7 @@ __all__ = [
     "RuleError",
     "SPAM",
     "Slot",
+    "Sophia",
     "StableSPAM",
     "Stage",
     "chain",
