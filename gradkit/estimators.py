@@ -8,6 +8,8 @@ from torch import Tensor
 from .options import STEPS, check_choice, check_number
 from .plan import compute_dtype
 
+__all__ = ["gnb_labels", "hutchinson"]
+
 DISTRIBUTIONS = ("rademacher", "gaussian")
 NOISE = 1 << 24  # numbers drawn at once: what sampling labels needs beside the logits
 

@@ -3,7 +3,6 @@
 from tests.terms import golden, hostile, limit, rows
 
 MEANS = "the_mean_over_samples_is_the_diagonal"
-BACKWARD = "gradients_are_left_alone_and_the_loss_still_goes_backward"
 LABELS = "labels_are_drawn_with_their_probabilities"
 IGNORED = "labels_have_the_shape_of_the_targets_and_ignore_what_they_ignore"
 
@@ -191,7 +190,6 @@ MUTANTS = (
             "total.addcmul_(1.0 + 0.0 * total",
             estimator("one_rademacher_sample_is_exact_where_the_hessian_is_diagonal"),
         ),
-        ("Hutchinson: graph of the loss", "retain_graph=True", "retain_graph=False", estimator(BACKWARD)),
         ("labels: noise", "noise.neg_().add_(part)", "noise.mul_(0).add_(part)", estimator(LABELS)),
         ("labels: logits", "noise.neg_().add_(part)", "noise.neg_()", estimator(LABELS)),
         (
