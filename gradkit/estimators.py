@@ -47,7 +47,7 @@ def hutchinson(
     Zeros for a parameter that the loss doesn't depend on, or that is frozen; entries may be negative. `p.grad` is left
     alone; the loss's graph is kept, for a `loss.backward()` behind this.
 
-    loss: unscaled, and before its `backward()`.
+    loss: before its `backward()`; if it is scaled, so are the estimates.
     distribution: of u: "rademacher" (-1 or 1) or "gaussian".
     """
     check_number("hutchinson", "samples", samples, STEPS)

@@ -189,8 +189,7 @@ def test_a_scaled_loop_is_the_unscaled_one():
     assert plain.optimizer.state[plain.model.weight]["hessian"].any()
 
 
-@each_backend
-@pytest.mark.parametrize("correct_bias", [False, True])
+@pytest.mark.parametrize(("backend", "correct_bias"), [("eager", False), ("chunked", False), ("native", True)])
 def test_a_run_stopped_between_two_estimates_goes_on_bitwise(correct_bias, backend):
     straight, stopped, resumed = (Task(backend=backend, correct_bias=correct_bias) for _ in range(3))
     straight.train(range(10))
@@ -238,6 +237,8 @@ def test_the_win_rate_is_the_share_of_what_is_not_limited():
     p, q = torch.zeros(4, requires_grad=True), torch.zeros(1, requires_grad=True)
     groups = [{"params": [p]}, {"params": [q], "clip": 4.0}]
     optimizer = gradkit.Sophia(groups, betas=(0.5, 0.5), gamma=0.5)
+    assert optimizer.win_rate() == 0.0
+    optimizer.load_state_dict(torch.optim.Adam(groups).state_dict())
     assert optimizer.win_rate() == 0.0
     p.grad, q.grad = torch.tensor([4.0, -4.0, 4.0, 0.0]), torch.tensor([4.0])
     optimizer.step()  # m is 2, -2, 2, 0 and 2

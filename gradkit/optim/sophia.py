@@ -69,7 +69,7 @@ class Sophia(Optimizer):
 
     An estimate every `hessian_every` steps, by `gradkit.estimators`; without any it is sign descent.
 
-    lr: a `clip`-th of the largest change of every weight per step.
+    lr: largest change of every weight per step, where clip is 1.
     betas: decay of the momentum per step, and of h per estimate.
     gamma: how much curvature counts; so that `win_rate()` is 0.1 to 0.5.
     eps: floor of gamma h.
@@ -134,22 +134,20 @@ class Sophia(Optimizer):
         if (batch_size is None) == (estimates is None):
             raise ValueError(f"{who}: give either batch_size=, the number of drawn labels, or estimates=[...]")
         params = [p for g in self.param_groups for p in g["params"]]
-        factor = 1.0 if scaler is None else 1.0 / self._scale_of(scaler)
-        if batch_size is not None:
-            check_number(who, "batch_size", batch_size, COUNT)
-            how, given, factor = SQUARES, [p.grad for p in params], factor * float(batch_size) ** 0.5
+        unscale = 1.0 if scaler is None else 1.0 / self._scale_of(scaler)
+        if batch_size is None:
+            given = checked(who, estimates, params)
+            self.run_beside(ESTIMATES, given, coef=unscale)
         else:
-            check_estimates(who, estimates, params)
-            how, given = (
-                ESTIMATES,
-                [x if p.requires_grad else None for x, p in zip(estimates or (), params, strict=True)],
-            )
+            check_number(who, "batch_size", batch_size, COUNT)
+            given = [p.grad for p in params]
+            self.run_beside(SQUARES, given, coef=float(batch_size) ** 0.5 * unscale)
         if any(x is not None for x in given):
-            self.run_beside(how, given, coef=factor)
             first = self.param_groups[0]
             first["hessian_stale_at"] = self._clock() + 2.0 * float(first["hessian_every"])
 
     def _scale_of(self, scaler: Any) -> float:
+        """The factor of a scaler that has not unscaled yet."""
         stage = getattr(scaler, "_per_optimizer_states", {}).get(id(self), {}).get("stage")  # a disabled one has none
         if stage is OptState.UNSCALED:
             raise RuntimeError(
@@ -166,13 +164,12 @@ class Sophia(Optimizer):
         """
         wins, count = [], 0
         for group in self.param_groups:
-            for p in (p for p in group["params"] if self.state.get(p)):
+            for p in (p for p in group["params"] if "hessian" in self.state.get(p, {})):
                 state = self.state[p]
                 b1, step = float(group["betas"][0]), float(state["step"])
                 corrected = 1 - b1**step if group["correct_bias"] and step else 1.0
                 bound = float(group["clip"]) * float(group["gamma"]) * corrected
-                won = state["exp_avg"].float().abs() < bound * state["hessian"].float()
-                wins.append(sharding.whole(won.sum()))
+                wins.append(sharding.whole((state["exp_avg"].abs() < bound * state["hessian"]).sum()))
                 count += p.numel()
         return float(torch.stack([x.to(wins[0].device) for x in wins]).sum()) / count if count else 0.0
 
@@ -183,12 +180,12 @@ class Sophia(Optimizer):
                 "%s: no update_hessian() in the last %d steps: h is old, or 0, which makes it sign descent; "
                 "call it when optimizer.hessian_due",
                 type(self).__name__,
-                2 * first["hessian_every"],
+                2 * float(first["hessian_every"]),
             )
 
 
-def check_estimates(who: str, estimates: Any, params: Sequence[Tensor]) -> None:
-    """Raise unless there is one tensor of each parameter's shape, or None."""
+def checked(who: str, estimates: Any, params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The estimates, None for a frozen parameter; raises unless there is one of each parameter's shape, or None."""
     if not isinstance(estimates, list | tuple) or len(estimates) != len(params):
         given = f"{len(estimates)} estimates" if isinstance(estimates, list | tuple) else f"estimates={estimates!r}"
         raise ValueError(f"{who}: {given} for {len(params)} parameters; give a list, in the order of the groups")
@@ -199,3 +196,4 @@ def check_estimates(who: str, estimates: Any, params: Sequence[Tensor]) -> None:
                 f"{who}: estimate {i} is {shape!r}, its parameter {tuple(p.shape)}; give one tensor for each "
                 f"parameter, in the order of the groups"
             )
+    return [x if p.requires_grad else None for x, p in zip(estimates, params, strict=True)]
