@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,7 +84,7 @@ def hint(given: Any, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def check_choice(who: str, name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(who: str, name: str, value: Any, choices: Collection[str]) -> None:
     """Raise if a value is none of the words that have a meaning."""
     if value not in choices:
         raise ValueError(f"{who}: {name}={value!r}: use one of {listed(choices)}{hint(value, choices)}")
