@@ -9,10 +9,11 @@
 | `Grokfast` | Adam behind a filter that amplifies slow gradients | https://arxiv.org/abs/2405.20233 |
 | `SPAM` | Adam that cuts spikes and forgets its momentum | https://arxiv.org/abs/2501.06842 |
 | `StableSPAM` | SPAM with limits and norms that adapt | https://arxiv.org/abs/2502.17055v2 |
+| `Sophia` | a momentum over the Hessian's diagonal, limited | https://arxiv.org/abs/2305.14342 |
 | `Optimizer` | your own chain of rules, measures and transforms | |
 """
 
-from . import losses, ops, transforms
+from . import estimators, losses, ops, transforms
 from .chain import Chain, chain
 from .language import RuleError, fn
 from .optim.adamw import AdamW
@@ -20,6 +21,7 @@ from .optim.ademamix import AdEMAMix
 from .optim.diffgrad import DiffGrad
 from .optim.grokfast import Grokfast
 from .optim.lion import Lion
+from .optim.sophia import Sophia
 from .optim.spam import SPAM
 from .optim.stablespam import StableSPAM
 from .optimizer import Optimizer
@@ -38,10 +40,12 @@ __all__ = [
     "RuleError",
     "SPAM",
     "Slot",
+    "Sophia",
     "StableSPAM",
     "Stage",
     "chain",
     "derive",
+    "estimators",
     "fn",
     "losses",
     "measure",

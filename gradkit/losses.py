@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .options import hint, listed
+from .options import check_choice
 
 __all__ = ["vanishing_gradient_penalty"]
 
@@ -34,9 +34,7 @@ def vanishing_gradient_penalty(
     Pascanu et al. 2013, https://arxiv.org/abs/1211.5063
     """
     who = "vanishing_gradient_penalty"
-    if nonlinearity not in SLOPES:
-        known = f"use one of {listed(SLOPES)}{hint(nonlinearity, SLOPES)}"
-        raise ValueError(f"{who}: nonlinearity={nonlinearity!r}: {known}")
+    check_choice(who, "nonlinearity", nonlinearity, SLOPES)
     check_states(who, hidden, weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(weight.device.type, enabled=False):  # gradients of 1e-8 and less are 0 in float16

@@ -194,7 +194,11 @@ class Optimizer(torch.optim.Optimizer):
             batch.count()
         plan.reduce()
         plan.apply()
+        self.applied()
         return loss
+
+    def applied(self) -> None:
+        """What a class has to do after a step."""
 
     @torch.no_grad()
     def run_beside(self, chain: Chain, grads: Sequence[Tensor | None], **values: Any) -> None:

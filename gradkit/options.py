@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,6 +84,12 @@ def hint(given: Any, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def check_choice(who: str, name: str, value: Any, choices: Collection[str]) -> None:
+    """Raise if a value is none of the words that have a meaning."""
+    if value not in choices:
+        raise ValueError(f"{who}: {name}={value!r}: use one of {listed(choices)}{hint(value, choices)}")
+
+
 def check_number(who: str, name: str, value: Any, allowed: Range) -> None:
     """Raise if a hyperparameter isn't a number of its range."""
     if value is None and allowed.optional:
@@ -101,8 +107,8 @@ def check_number(who: str, name: str, value: Any, allowed: Range) -> None:
 def check_values(who: str, values: Mapping[str, Any], defaults: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
     """Raise if a value of a group, or an option, is not one that can be used."""
     for name, value in values.items():
-        if name in CHOICES and value not in CHOICES[name]:
-            raise ValueError(f"{who}: {name}={value!r}: use one of {listed(CHOICES[name])}{hint(value, CHOICES[name])}")
+        if name in CHOICES:
+            check_choice(who, name, value, CHOICES[name])
         if isinstance(defaults.get(name, IN_GROUPS.get(name)), bool) and value not in (True, False):
             raise TypeError(f"{who}: {name}={value!r}: use True or False")
         if name == "state_dtype" and value not in (None, *DTYPES):

@@ -20,6 +20,11 @@ def local(t: Any) -> Any:
     return t._local_tensor if is_sharded(t) else t
 
 
+def whole(t: Any) -> Any:
+    """The full tensor, on every rank."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
 def placements(p: Any) -> tuple:
     """How a DTensor lies on its mesh: in parts (whatever has a `dim`: `_StridedShard.is_shard()` is False) or whole."""
     if not all(hasattr(x, "dim") or x.is_replicate() for x in p.placements):

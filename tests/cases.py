@@ -10,6 +10,7 @@ import numpy as np
 
 import gradkit
 from gradkit import transforms as tx
+from tests.curvature import BATCH, EVERY, SignedEstimates, SquaresOfGradients
 from tests.reference import (
     adamw,
     adaptive_clip,
@@ -25,6 +26,7 @@ from tests.reference import (
     lion,
     norm_growth_limit,
     sgd,
+    sophia,
     spam,
     spike_clip,
     stablespam,
@@ -181,6 +183,32 @@ CASES = (
                     "spam__plain_reset_clip": {"official_quirks": True},
                     "spam__defaults_thr5000": {"official_quirks": True},
                 },
+            ),
+        )
+    ),
+    *(
+        Case(
+            f"sophia{name}",
+            cls,
+            partial(sophia.links, estimates),
+            {**BETAS, **EVERY, "gamma": 1.5, "eps": 0.05, "clip": 0.8, **more},
+            golden=golden,
+            limits=("test_sophia_without_curvature_is_sign_descent", "test_sophia_below_its_limit_is_a_newton_step"),
+        )
+        for name, cls, estimates, more, golden in (
+            (
+                "",
+                SquaresOfGradients,
+                sophia.squares(BATCH),
+                {},
+                {"sophia__g_paper_order": {}, "sophia__g_readme": {}},
+            ),
+            (
+                "_signed",
+                SignedEstimates,
+                sophia.signed,
+                {"gamma": 4.0, "correct_bias": True},
+                {"sophia__h_levanter_default": {}},
             ),
         )
     ),

@@ -20,6 +20,7 @@ CLASSES = (
     gradkit.Grokfast,
     gradkit.SPAM,
     gradkit.StableSPAM,
+    gradkit.Sophia,
 )
 NAN, INF = math.nan, math.inf
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
@@ -57,20 +58,23 @@ VALUES: list[tuple[dict[str, Any], type, str]] = [  # of every class: argument, 
     ({"transforms": [tx.clip_by_norm]}, TypeError, "is no chain or transform; call it"),
     ({"transforms": tx.clip_by_norm(1.0)}, TypeError, "transforms="),
 ]
-HAVE_EPS = (gradkit.AdamW, gradkit.DiffGrad, gradkit.AdEMAMix, gradkit.Grokfast, gradkit.SPAM)
-OF_TWO = (gradkit.AdamW, gradkit.Lion, gradkit.DiffGrad, gradkit.Grokfast, gradkit.SPAM)
+HAVE_EPS = (gradkit.AdamW, gradkit.DiffGrad, gradkit.AdEMAMix, gradkit.Grokfast, gradkit.SPAM, gradkit.Sophia)
+OF_TWO = (gradkit.AdamW, gradkit.Lion, gradkit.DiffGrad, gradkit.Grokfast, gradkit.SPAM, gradkit.Sophia)
 ONE_UP = "give a whole number >= 1"
 OWN: list[tuple[Any, dict[str, Any], type, str]] = [  # of some classes
     *((c, {"eps": x}, ValueError, f"eps={x}: give a number > 0") for c in HAVE_EPS for x in (0.0, -1e-8, NAN)),
     *((c, {"betas": (0.9, x)}, ValueError, f"betas[1]={x}: {FRACTION}") for c in OF_TWO for x in (1.0, -0.1, NAN)),
     *((c, {"betas": (1.0, 0.9)}, ValueError, f"betas[0]=1.0: {FRACTION}") for c in OF_TWO),
-    *((c, {"betas": (0.9, 0.9, 0.9)}, ValueError, "give 2 numbers, e.g. betas=(0.9, 0.9") for c in OF_TWO),
+    *((c, {"betas": (0.9, 0.9, 0.9)}, ValueError, "give 2 numbers, e.g. betas=(0.9") for c in OF_TWO),
     (gradkit.AdEMAMix, {"betas": (0.9, 0.999, 1.0)}, ValueError, f"betas[2]=1.0: {FRACTION}"),
     (gradkit.AdEMAMix, {"betas": (0.9, 0.99)}, ValueError, "give 3 numbers, e.g. betas=(0.9, 0.999, 0.9999)"),
     (gradkit.AdEMAMix, {"alpha": -1.0}, ValueError, f"alpha=-1.0: {NOT_NEGATIVE}"),
     (gradkit.AdEMAMix, {"alpha_warmup": 0}, ValueError, f"alpha_warmup=0: {ONE_UP} or None"),
     (gradkit.AdEMAMix, {"alpha_warmup": 2.5}, ValueError, f"alpha_warmup=2.5: {ONE_UP} or None"),
     (gradkit.AdEMAMix, {"beta3_warmup": -3}, ValueError, f"beta3_warmup=-3: {ONE_UP} or None"),
+    (gradkit.Sophia, {"gamma": 0.0}, ValueError, "gamma=0.0: give a number > 0"),
+    (gradkit.Sophia, {"clip": 0.0}, ValueError, "clip=0.0: give a number > 0"),
+    (gradkit.Sophia, {"hessian_every": 0}, ValueError, f"hessian_every=0: {ONE_UP}"),
     (gradkit.Lion, {"eps": 1e-8}, TypeError, "unexpected argument eps=1e-08"),
     (gradkit.Grokfast, {"alpha": 1.0}, ValueError, f"alpha=1.0: {FRACTION}"),
     (gradkit.Grokfast, {"lamb": -1.0}, ValueError, f"lamb=-1.0: {NOT_NEGATIVE}"),

@@ -12,6 +12,7 @@ from gradkit import transforms as tx
 from gradkit.ops import absolute, lerp, minimum, sign
 from tests.cases import BACKENDS
 from tests.contract.rows import assert_same, everything
+from tests.curvature import SquaresOfGradients
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 SHAPES = ((10, 8), (20,))
@@ -156,6 +157,7 @@ BYTES: list[tuple[Any, dict[str, Any], torch.dtype, int]] = [
     (gradkit.AdEMAMix, {"state_dtype": BF16}, torch.float32, 28),  # the slow momentum stays float32
     (gradkit.DiffGrad, {}, torch.float32, 36),
     (gradkit.SPAM, {}, torch.float32, 28),
+    (gradkit.Sophia, {}, torch.float32, 28),
     (gradkit.Grokfast, {}, torch.float32, 36),
     (gradkit.Grokfast, {"filter": "ma", "window": 5}, torch.float32, 52),  # of the ring, one entry
 ]
@@ -248,6 +250,7 @@ MAKERS = (
     gradkit.AdEMAMix,
     gradkit.Grokfast,
     gradkit.SPAM,
+    SquaresOfGradients,
     clipped,
     cautious_lion,
     own,

@@ -11,7 +11,7 @@ import torch
 
 import gradkit
 from tests.cases import BACKENDS, BY_NAME, CASES, Case
-from tests.reference import pixelwise_clip, vanishing_gradient_penalty
+from tests.reference import pixelwise_clip, sophia, vanishing_gradient_penalty
 from tests.reference.trajectory import Run
 from tests.runs import ran_on, replay
 from tests.tolerance import assert_follows, tolerance
@@ -21,8 +21,9 @@ OURS = {
     **{"window_size": "window", "filter_type": "mode"},  # the authors' names that differ
     **{"DeltaT": "reset_every", "warmup_steps": "warmup_after_reset", "grad_accu_steps": "clip_free_steps"},
     **{"update_proj_gap": "reset_every", "total_T": "total_steps"},
+    **{"rho": "gamma", "k": "hessian_every", "bias_correction": "correct_bias"},
 }
-LEFT_OUT = ("density", "density_param_idx")  # None in these files
+LEFT_OUT = ("density", "density_param_idx", "bs", "hess_order")  # None in these files, or not an argument of ours
 RUNS = [(case.name, file) for case in CASES for file in case.golden if not file.startswith("tx_")]
 ZCLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_zclip")]
 AGC = "tx_agc__clip0.1"
@@ -34,10 +35,12 @@ class Golden:
     """One file: arrays by name, and what its run was called with."""
 
     def __init__(self, file: str):
-        self.arrays: Mapping[str, np.ndarray] = np.load(FOLDER / f"{file}.npz")
+        with np.load(FOLDER / f"{file}.npz") as arrays:
+            self.arrays: Mapping[str, np.ndarray] = dict(arrays)
         self.meta = json.loads(str(self.arrays["meta"].reshape(-1)[0]))
         given = self.meta["hyperparameters"]
         given = {**given.get("optimizer_kwargs", {}), **given.get("filter", given)}
+        self.labels, self.late = given.get("bs"), given.get("hess_order") == "after"
         given = {k: v for k, v in given.items() if k not in LEFT_OUT}
         self.arguments = {OURS.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         self.count = sum(k.startswith("init_") for k in self.arrays)
@@ -53,7 +56,27 @@ class Golden:
         return [torch.tensor(x, requires_grad=True) for x in self.each("init")]
 
     def optimizer(self, case: Case, file: str, params: list[torch.Tensor], **options: Any) -> Any:
-        return case.build(params, **{**self.arguments, **case.golden[file], **options})
+        arguments = {**self.arguments, **case.golden[file], **options}
+        return fed(self, params, arguments) if self.curved else case.build(params, **arguments)
+
+    def reference(self, case: Case, **arguments: Any) -> Mapping[str, Any]:
+        if not self.curved:
+            return case.reference(**arguments)
+        return sophia.links(lambda t, *_: self.estimates(t), **arguments)
+
+    @property
+    def curved(self) -> bool:
+        """Whether the run has estimates of curvature."""
+        return any(k.startswith("hess_") for k in self.arrays)
+
+    def curvature(self, t: int) -> list[np.ndarray] | None:
+        """What came before step t: an estimate, or the gradient of the drawn labels."""
+        known = f"hess_{t - self.late}_0" in self.arrays
+        return self.each("hess", t - self.late) if known else None
+
+    def estimates(self, t: int) -> list[np.ndarray] | None:
+        given = self.curvature(t)
+        return [self.labels * g.astype(np.float64) ** 2 for g in given] if given and self.labels else given
 
     def assert_followed(self, seen: list[list[np.ndarray]]) -> None:
         expected = [self.each("init"), *self.steps("param")]
@@ -61,6 +84,26 @@ class Golden:
         for ours, theirs in zip(seen, zip(*expected, strict=True), strict=True):
             relative = tolerance("golden", torch.float32)
             assert_follows(ours, theirs, relative, self.meta["max_abs_single_step_change"])
+
+
+def fed(golden: Golden, params: list[torch.Tensor], arguments: Mapping[str, Any]) -> gradkit.Sophia:
+    """Sophia with the run's own estimates."""
+    optimizer = gradkit.Sophia(params, **arguments)
+
+    def feed(*_: Any) -> None:
+        given = golden.curvature(int(optimizer.param_groups[0]["clock"]) + 1)
+        if given and golden.labels:
+            kept = [p.grad for p in params]
+            for p, g in zip(params, given, strict=True):
+                p.grad = torch.tensor(g)
+            optimizer.update_hessian(batch_size=golden.labels)
+            for p, grad in zip(params, kept, strict=True):
+                p.grad = grad
+        elif given:
+            optimizer.update_hessian(estimates=list(map(torch.tensor, given)))
+
+    optimizer.register_step_pre_hook(feed)
+    return optimizer
 
 
 def test_every_golden_file_is_replayed():
@@ -83,7 +126,7 @@ def test_the_reference_follows_the_golden_run(name, file):
     given = {**golden.arguments, **BY_NAME[name].golden[file]}
     lr, weight_decay = given.pop("lr"), given.pop("weight_decay", 0.0)
     mode = "l2" if name == "diffgrad" else "decoupled"
-    run = Run(golden.each("init"), **BY_NAME[name].reference(**given), weight_decay=weight_decay, mode=mode)
+    run = Run(golden.each("init"), **golden.reference(BY_NAME[name], **given), weight_decay=weight_decay, mode=mode)
     values = [golden.each("init"), *(run.step(row, lr, lr) for row in golden.steps("grad"))]
     golden.assert_followed([list(one) for one in zip(*values, strict=True)])
 

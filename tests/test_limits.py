@@ -385,3 +385,24 @@ def test_the_norm_of_an_update_grows_slowly(backend):
         replay(optimizer, [p], [[np.full(4, size / 2)]])
         norms.append(float((p.detach() - before).norm()))
     assert norms == pytest.approx([1.0, 1.5, 2.25, 0.5, 0.0, 7.0], rel=1e-6)
+
+
+@each_backend
+def test_sophia_without_curvature_is_sign_descent(backend):
+    """Lion whose direction and momentum have one beta."""
+    options = {"backend": backend, "weight_decay": 0.1}
+    ours = trajectory(gradkit.Sophia, betas=(0.9, 0.99), **options)
+    assert_same_run(ours, trajectory(gradkit.Lion, betas=(0.9, 0.9), **options))
+
+
+@each_backend
+def test_sophia_below_its_limit_is_a_newton_step(backend):
+    """At lr = gamma it ends a parabola in one step, whatever its curvatures; where they are negative it walks."""
+    curvature = torch.tensor([1e-3, 1.0, 1e4, -2.0])
+    p = torch.tensor([0.5, -2.0, 3.0, 1.0], requires_grad=True)
+    optimizer = gradkit.Sophia(
+        [p], lr=0.01, betas=(0.0, 0.0), gamma=0.01, clip=400.0, weight_decay=0.0, backend=backend
+    )
+    optimizer.update_hessian(estimates=[curvature])
+    replay(optimizer, [p], [[(curvature * p.detach()).numpy()]])
+    torch.testing.assert_close(p.detach(), torch.tensor([0.0, 0.0, 0.0, 5.0]), rtol=1e-6, atol=1e-6)

@@ -109,7 +109,10 @@ def test_the_reference_sees_every_argument(case):
         "warmup": lambda x: not x,
         "norm_type": lambda x: {1: 2, 2: 1}.get(x, 2),
         **dict.fromkeys(
-            ("window", "reset_every", "warmup_after_reset", "clip_free_steps", "total_steps", "warmup_steps"),
+            (
+                *("window", "reset_every", "warmup_after_reset", "clip_free_steps", "total_steps", "warmup_steps"),
+                "hessian_every",
+            ),
             lambda x: x + 1,
         ),
         **dict.fromkeys(

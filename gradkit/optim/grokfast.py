@@ -6,8 +6,8 @@ from typing_extensions import Unpack
 
 from ..chain import Chain, chain
 from ..optimizer import Optimizer
-from ..options import FRACTION, NOT_NEGATIVE, STEPS, Number, Options
-from ..transforms.filter import AVERAGES, check_choice, ema_filter, ema_from_first, ma_filter, ma_scalars
+from ..options import FRACTION, NOT_NEGATIVE, STEPS, Number, Options, check_choice
+from ..transforms.filter import AVERAGES, ema_filter, ema_from_first, ma_filter, ma_scalars
 from .adamw import adam, adam_scalars
 
 FILTERS = ("ema", "ma")

@@ -1,23 +1,16 @@
 """Filters of the gradient over time: Grokfast's two. Lee et al. 2024, https://arxiv.org/abs/2405.20233"""
 
-from collections.abc import Sequence
-
 import torch
 
 from ..chain import Chain, chain
 from ..ops import lerp, where
-from ..options import FRACTION, NOT_NEGATIVE, STEPS
+from ..options import FRACTION, NOT_NEGATIVE, STEPS, check_choice
 from ..transform import Slot, derive, rule
 
 STARTS = ("first", "zero")
 AVERAGES = ("mean", "sum")
 RING = Slot("grad_ring", kind="ring", length="window")
 HEAD, TAIL = Slot("grad_head", dtype=torch.float32), Slot("grad_tail", dtype=torch.float32)
-
-
-def check_choice(who: str, name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{who}: {name}={value!r}: use one of {', '.join(map(repr, choices))}")
 
 
 @rule(slots=("grad_ema",))

@@ -4,10 +4,9 @@ import math
 
 from ..chain import Chain, chain
 from ..ops import isfinite, minimum, sqrt, where
-from ..options import FRACTION, LIMIT, Range
+from ..options import FRACTION, LIMIT, Range, check_choice
 from ..transform import derive, measure
 from .clip import scale
-from .filter import check_choice
 
 MODES = ("zscore", "percentile")
 TARGETS = ("adaptive_scaling", "mean")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import gradkit
 from gradkit import transforms as tx
+from tests.curvature import EVERY, SquaresOfGradients
 from tests.tolerance import assert_equal, tolerance
 
 LR = 0.05
@@ -53,6 +54,7 @@ ROWS = (
     Row("grokfast_ma", gradkit.Grokfast, ADAM | {"grad_ring", "grad_head", "grad_tail"}, WINDOW, FILTERED),
     Row("spam", gradkit.SPAM, ADAM, SPIKES),
     Row("stablespam", gradkit.StableSPAM, ADAM, STABLE, slots("step", "stat_step"), AVERAGES, exact=False),
+    Row("sophia", SquaresOfGradients, slots("exp_avg", "hessian"), {**EVERY, **DECAYED}),
     Row("zclip", gradkit.AdamW, ADAM, {"transforms": (tx.zclip(warmup_steps=3),)}, exact=False, coupled=True),
     Row("adaptive", gradkit.Lion, slots("exp_avg"), {"transforms": (tx.adaptive_clip(0.5),)}, slots(), exact=False),
     Row("bounded", gradkit.AdamW, ADAM, {"transforms": BOUNDED}, exact=False, coupled=True),

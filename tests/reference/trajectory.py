@@ -6,14 +6,18 @@ from tests.reference import decay as modes
 
 
 class Run:
-    """Parameters, and a state for each of them and for each link; `filters` see all gradients of a step at once."""
+    """Parameters, and a state for each of them and for each link; `filters` see all gradients of a step at once.
+
+    `before` sees them too, and the states of the direction.
+    """
 
     def __init__(
-        self, start, direction, *, filters=(), masks=(), decays_after=False, dtype=np.float64, maximize=False, **decay
-    ):
+        self, start, direction, *, before=None, filters=(), masks=(), decays_after=False, dtype=np.float64,
+        maximize=False, **decay,
+    ):  # fmt: skip
         self.params = [np.asarray(x, dtype) for x in start]
         self.direction, self.filters, self.masks, self.decays_after = direction, filters, masks, decays_after
-        self.dtype, self.decay = dtype, {"weight_decay": 0.0, "mode": "none", **decay}
+        self.before, self.dtype, self.decay = before, dtype, {"weight_decay": 0.0, "mode": "none", **decay}
         self.sign, self.clock = -1.0 if maximize else 1.0, 0
         self.states = [[{} for _ in start] for _ in range(len(filters) + 1)]
 
@@ -27,6 +31,8 @@ class Run:
         grads = [self.sign * np.asarray(gradients[i], self.dtype) for i in live]
         flow = grads
         with np.errstate(all="ignore"):
+            if self.before and live:
+                self.before(grads, [self.states[0][i] for i in live])
             for filtered, states in zip(self.filters, self.states[1:], strict=True):
                 flow = filtered(flow, [states[i] for i in live])
             l2 = {k: self.decay[k] for k in ("weight_decay", "mode")}

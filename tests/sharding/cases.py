@@ -28,6 +28,7 @@ from gradkit.transforms import (
     grokfast_ma,
     zclip,
 )
+from tests.curvature import EVERY, SquaresOfGradients
 from tests.sharding import gradients, units
 from tests.sharding.units import equal, full, line, near, shard
 from tests.sharding.world import RANKS
@@ -42,6 +43,7 @@ OPTIMIZERS = {
     "Grokfast-ma": partial(gradkit.Grokfast, filter="ma", window=2),
     "SPAM": partial(gradkit.SPAM, reset_every=2, clip_free_steps=1, threshold=3.0),
     "StableSPAM": partial(gradkit.StableSPAM, reset_every=2),
+    "Sophia": partial(SquaresOfGradients, **EVERY),
 }
 
 

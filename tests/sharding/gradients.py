@@ -100,8 +100,29 @@ def rows_that_are_cut_are_refused(_: Path) -> None:
     assert torch.equal(before, p.detach().to_local())
 
 
+def an_estimate_with_a_nan_on_one_rank_is_left_out_on_all(_: Path) -> None:
+    split, other = (nn.Parameter(shard(torch.ones(4), Shard(0))) for _ in range(2))
+    optimizer = gradkit.Sophia([split, other], betas=(0.0, 0.5))
+    for last in (2.0, torch.nan):
+        split.grad, other.grad = shard(torch.tensor([0.0, 1.0, 1.0, last]), Shard(0)), shard(torch.ones(4), Shard(0))
+        optimizer.update_hessian(batch_size=6)
+    hessians = [full(optimizer.state[p]["hessian"]) for p in (split, other)]
+    torch.testing.assert_close(hessians, [torch.tensor([0.0, 3.0, 3.0, 12.0]), torch.full((4,), 3.0)])
+
+
+def ranks_agree_on_a_win_rate(_: Path) -> None:
+    split, plain = nn.Parameter(shard(torch.ones(5), Shard(0))), nn.Parameter(torch.ones(3))
+    optimizer = gradkit.Sophia([split, plain], betas=(0.0, 0.0), gamma=1.0)
+    split.grad, plain.grad = shard(torch.ones(5), Shard(0)), torch.ones(3)
+    optimizer.step()
+    optimizer.update_hessian(estimates=[shard(torch.arange(5.0), Shard(0)), torch.full((3,), 2.0)])
+    assert optimizer.win_rate() == 6 / 8  # 2, 3, 4 and three of 2 are above 1
+
+
 LAWS = (
     rows_that_are_cut_are_refused,
+    an_estimate_with_a_nan_on_one_rank_is_left_out_on_all,
+    ranks_agree_on_a_win_rate,
     meshes_of_one_and_two_dimensions_step_together,
     ranks_agree_on_a_mean_though_one_lacks_a_gradient,
     rank_with_gradients_of_plain_parameters_only_joins_in,

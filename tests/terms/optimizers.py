@@ -2,6 +2,15 @@
 
 from tests.terms import golden, hostile, limit, rows
 
+MEANS = "the_mean_over_samples_is_the_diagonal"
+LABELS = "labels_are_drawn_with_their_probabilities"
+IGNORED = "labels_have_the_shape_of_the_targets_and_ignore_what_they_ignore"
+
+
+def estimator(name: str) -> str:
+    return f"test_estimators.py::test_{name}"
+
+
 MUTANTS = (
     *rows(
         "optim/adamw.py",
@@ -120,6 +129,75 @@ MUTANTS = (
         ),
         ("SPAM: decay after the update", "a *= 1 - lr * weight_decay", "pass", hostile("spam_official")),
         ("SPAM: eps", '"e": eps', '"e": 0.0', hostile("spam")),
+    ),
+    *rows(
+        "optim/sophia.py",
+        ("Sophia: memory of the momentum", '"w1": 1 - b1', '"w1": 1.0', hostile("sophia")),
+        ("Sophia: bias correction", "1 / (1 - b1**step) if correct_bias else 1.0", "1.0", hostile("sophia_signed")),
+        ("Sophia: no bias correction", "if correct_bias else", "if True else", hostile("sophia")),
+        ("Sophia: gamma", "maximum(hessian * gamma, e)", "maximum(hessian * 1.0, e)", hostile("sophia")),
+        ("Sophia: curvature", "a / maximum(hessian * gamma, e)", "a / e", golden("sophia", "sophia__g_paper_order")),
+        ("Sophia: eps", '"e": eps', '"e": 1e-30', hostile("sophia")),
+        (
+            "Sophia: negative curvature",
+            "maximum(hessian * gamma, e)",
+            "(hessian * gamma + e)",
+            hostile("sophia_signed"),
+        ),
+        ("Sophia: limit", "over_curvature, clip_value, derive", "over_curvature, derive", hostile("sophia")),
+        ("Sophia: memory of the curvature", "lerp(hessian, u, w2)", "u + (hessian - hessian) * w2", hostile("sophia")),
+        ("Sophia: share of an estimate", '"w2": 1 - betas[1]', '"w2": 1 - betas[0]', hostile("sophia")),
+        ("Sophia: square", "return u * u", "return absolute(u)", golden("sophia", "sophia__g_readme")),
+        ("Sophia: labels of an estimate", "float(batch_size) ** 0.5", "1.0", golden("sophia", "sophia__g_readme")),
+        (
+            "Sophia: what is not finite is left out",
+            "where(usable > 0.5,",
+            "where(usable > -0.5,",
+            hostile("sophia", "nan"),
+        ),
+        (
+            "Sophia: the scaler's factor",
+            "1.0 / self._scale_of(scaler)",
+            "1.0 + 0.0 * self._scale_of(scaler)",
+            "test_sophia.py::test_a_scaler_is_divided_out[estimates]",
+        ),
+        (
+            "Sophia: when an estimate is due",
+            'float(self.param_groups[0]["hessian_every"]) == 0',
+            "1.0 == 0",
+            "test_sophia.py::test_an_estimate_is_due_before_step_1_and_every_k_steps",
+        ),
+        (
+            "Sophia: warning",
+            '"hessian_stale_at"):  # so once',
+            '"nothing"):',
+            "test_sophia.py::test_it_says_once_that_estimates_are_missing",
+        ),
+        (
+            "Sophia: bias correction in the win rate",
+            'if group["correct_bias"] and step else 1.0',
+            "if False else 1.0",
+            "test_sophia.py::test_the_win_rate_is_the_share_of_what_is_not_limited",
+        ),
+    ),
+    *rows(
+        "estimators.py",
+        ("Hutchinson: signs", ".mul_(2).sub_(1)", ".mul_(0).sub_(1)", estimator(MEANS + "[rademacher]")),
+        ("Hutchinson: mean over samples", "value=1 / samples", "value=1", estimator("samples_are_averaged")),
+        (
+            "Hutchinson: directions",
+            "total.addcmul_(directions[p].to(total.dtype)",
+            "total.addcmul_(1.0 + 0.0 * total",
+            estimator("one_rademacher_sample_is_exact_where_the_hessian_is_diagonal"),
+        ),
+        ("labels: noise", "noise.neg_().add_(part)", "noise.mul_(0).add_(part)", estimator(LABELS)),
+        ("labels: logits", "noise.neg_().add_(part)", "noise.neg_()", estimator(LABELS)),
+        (
+            "labels: ignored targets",
+            "masked_fill(targets == ignore_index, ignore_index)",
+            "clone()",
+            estimator(IGNORED),
+        ),
     ),
     *rows(
         "optim/ademamix.py",

@@ -41,6 +41,7 @@ CHAINS: dict[str, tuple[type, torch.dtype, dict[str, Any]]] = {
     "AdamW, ZClip": (gradkit.AdamW, torch.float32, {"transforms": [zclip()]}),
     "SPAM": (gradkit.SPAM, torch.float32, {}),
     "StableSPAM": (gradkit.StableSPAM, torch.float32, {}),
+    "Sophia": (gradkit.Sophia, torch.float32, {}),
     "own chain of five links": (gradkit.AdamW, torch.float32, FIVE),
 }
 
