@@ -69,10 +69,9 @@ def short(dtype: torch.dtype) -> str:
 
 def moved(batch: "Batch", ps: "Pass") -> int:
     """Bytes read and written for one element."""
-    kinds = [batch.slot_dtypes[n] for n in ps.slots]
-    if ps.reads_p:
-        kinds += [batch.dtype] * (2 if batch.rounding == "kahan" else 1)
-    return batch.gdtype.itemsize + (1 if ps.measure else 2) * sum(d.itemsize for d in kinds)
+    own = batch.dtype.itemsize * (2 if batch.rounding == "kahan" else 1)
+    slots = sum(batch.slot_dtypes[n].itemsize for n in (*ps.slots, *ps.stores))
+    return batch.gdtype.itemsize + slots + own * (ps.reads_p + ps.writes)
 
 
 def held(batch: "Batch") -> int:

@@ -48,6 +48,7 @@ class Code:
         self.calls: list[Code] = []
         self.statements: list[str] = []
         self.returns: list[str] = []
+        self.assigned: set[str] = set()
         self.symbol = ""
         self.tree: ast.AST = ast.Module([], [])  # of the function, where its source can be read
         self.no_source = ""  # why there is no C, for rules typed into a prompt
@@ -96,6 +97,7 @@ class Code:
         if before and (before == "mask") != (kind == "mask"):
             self.refuse(s, f"{name} changing between a number and a mask", "use another name")
         self.kinds[name] = kind
+        self.assigned.add(name)
         self.statements.append(("" if before else "int " if kind == "mask" else "T ") + f"v_{name} = {c};")
 
     def number(self, node: ast.expr) -> tuple[str, str]:

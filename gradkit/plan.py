@@ -30,6 +30,8 @@ class Pass:
         self.writes = self.measure is None and any(x.stage == Stage.WRITE for x in pieces)  # the parameter
         self.rules = [(i, x) for i, x in enumerate(pieces[:end]) if isinstance(x.link, Rule)]
         self.slots = list(dict.fromkeys(n for _, x in self.rules for n in x.holds))
+        changed = {n for _, x in self.rules for n, c in zip(x.holds, x.link.changes, strict=True) if c}
+        self.stores = [n for n in self.slots if n in changed and not self.measure]
         seen = [x.link.sees for x in (*(x for _, x in self.rules), *([self.measure] if self.measure else []))]
         self.reads_p = self.writes or any("p" in names for names in seen)
 

@@ -103,6 +103,9 @@ class Rule(Link):
                 f"{self.code.file}:{self.code.first}: {self.name} returns {len(self.code.returns)} values; it must "
                 f"return {', '.join(('p' if stage == Stage.WRITE else 'u', *self.holds))}"
             )
+        returned = zip(self.holds, self.code.returns[1:], strict=False)
+        only_read = {n for n, c in returned if c == f"v_{n}" and n not in self.code.assigned}
+        self.changes = tuple(n not in only_read for n in self.holds)
 
 
 REDUCTIONS = ("sum", "mean", "max")

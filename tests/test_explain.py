@@ -157,7 +157,7 @@ BYTES: list[tuple[Any, dict[str, Any], torch.dtype, int]] = [
     (gradkit.AdEMAMix, {"state_dtype": BF16}, torch.float32, 28),  # the slow momentum stays float32
     (gradkit.DiffGrad, {}, torch.float32, 36),
     (gradkit.SPAM, {}, torch.float32, 28),
-    (gradkit.Sophia, {}, torch.float32, 28),
+    (gradkit.Sophia, {}, torch.float32, 24),
     (gradkit.Grokfast, {}, torch.float32, 36),
     (gradkit.Grokfast, {"filter": "ma", "window": 5}, torch.float32, 52),  # of the ring, one entry
 ]

@@ -216,7 +216,7 @@ def test_measures_and_derives_have_forms_of_their_own():
         return t if t > 0.0 else 0.0
 
     for change, kind, message in (
-        ({"scope": "row"}, ValueError, "scope='row'; use 'tensor' or 'all'"),
+        ({"scope": "rows"}, ValueError, "scope='rows'; use 'row', 'tensor' or 'all'"),
         ({"reduce": {"t": "median"}}, ValueError, "'median'; use one of sum, mean, max"),
         ({"reduce": {"t": "sum", "v": "sum"}}, RuleError, "returns 1 values; reduce names"),
         ({"finish": needs_two}, RuleError, "finish"),
@@ -225,7 +225,7 @@ def test_measures_and_derives_have_forms_of_their_own():
     ):
         with pytest.raises(kind, match=message):
             measure(**{**good, **change})(total)
-    with pytest.raises(RuleError, match="a measure maps u, and p and g"):
+    with pytest.raises(RuleError, match="a measure maps u, and p, g, before"):
         measure(**good)(sees_a_slot)
     with pytest.raises(TypeError, match="has no parameter 'step'"):
         gradkit.derive("step")(finish)

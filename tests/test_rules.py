@@ -13,6 +13,7 @@ import gradkit
 from gradkit import Stage, chain, fn, rule
 from gradkit.ops import absolute, exp, isfinite, lerp, minimum, sign, sqrt, tanh, where
 from gradkit.ops import maximum as larger
+from tests.cases import BACKENDS
 from tests.runs import ran_on
 
 
@@ -162,3 +163,24 @@ def test_what_a_rule_does_to_its_names_no_other_link_sees(backend):
     gradkit.Optimizer([p], chain(scribbles, sums, name="both", k=3.0), lr=1.0, backend=backend).step()
     # p + 1 + 2 g + 3 g, then + 10 p + 300 g
     assert p.tolist() == [1.0 - (1 + 1 + 5 + 10 + 300), -2.0 - (-2 + 1 + 10 - 20 + 600)]
+
+
+@rule(slots=("kept", "moved"), stage=Stage.PRECONDITION)
+def reads_one(u, kept, moved):
+    moved = moved + u
+    return u + kept, kept, moved
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slot_that_no_rule_changes_is_not_stored(backend):
+    p = torch.zeros(3, requires_grad=True)
+    optimizer = gradkit.Optimizer([p], chain(reads_one), lr=1.0, backend=backend)
+    assert reads_one.changes == (False, True)
+    optimizer.init_state()
+    optimizer.state[p]["kept"].fill_(2.0)
+    for _ in range(2):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    state = optimizer.state[p]
+    assert (p.tolist(), state["kept"].tolist(), state["moved"].tolist()) == ([-6.0] * 3, [2.0] * 3, [2.0] * 3)
+    assert "24 bytes an element" in optimizer.explain()  # p, g, kept, moved read; p, moved written

@@ -210,7 +210,7 @@ def apply(kind: "Kind", ps: "Pass") -> Source:
         opening += [*(f"{r} = {x}" for r, x in random.items()), "element += start", "clock = tl.load(step)"]
         w.inputs += [*random, "clock"]
     body = w.links() + write(kind) * ps.writes
-    body += [stored(r, f"narrow({r}, {TYPES[d]})") for r, d in w.roles.items() if r.startswith("s_")]
+    body += [stored(f"s_{n}", f"narrow(s_{n}, {TYPES[w.roles[f's_{n}']]})") for n in ps.stores]
     return w.text(APPLY, opening=opening, body=body, loop=[w.call()], ending=[])
 
 

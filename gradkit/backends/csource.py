@@ -122,7 +122,7 @@ def source(kind: "Kind", ps: "Pass") -> str:
         of_rows += [f"out = outs + (row - start / length) * {results};"] * each_row
         loop = reduction(ps.measure.link, body)
     else:
-        stores = [f"P_{r}[i] = store_{STORAGE[d][1]}({r});" for r, d in roles.items() if r.startswith("s_")]
+        stores = [f"P_s_{n}[i] = store_{STORAGE[dtypes[n]][1]}(s_{n});" for n in ps.stores]
         lines = "\n    ".join(body + write(kind) * ps.writes + stores)
         loop, results = f"for (long i = from; i < to; i++) {{\n    {lines}\n  }}", 0
     if of_rows:
@@ -131,8 +131,8 @@ def source(kind: "Kind", ps: "Pass") -> str:
         loop = "\n  ".join([head, ends, "to = end < n ? end : n;", *of_rows, loop, "}"])
     else:
         loop = f"const long from = 0, to = n;\n  {loop}"
-    constant = set(roles) if ps.measure else {"g"} if ps.writes else {"p", "g", "rest"}
-    names = [("const " if r in constant else "") + f"{STORAGE[d][0]} *restrict P_{r}" for r, d in roles.items()]
+    written = {*(f"s_{n}" for n in ps.stores), *(["p", "rest"] * ps.writes)}
+    names = [("const " if r not in written else "") + f"{STORAGE[d][0]} *restrict P_{r}" for r, d in roles.items()]
     arguments = [f"({STORAGE[d][0]} *)pointers[{j} * tensors + t] + start" for j, d in enumerate(roles.values())]
     signature = ", ".join([*names, "const T *H", "const T *M", "const T *R", "long length", "long start"])
     signature += ", double *outs, uint64_t element"

@@ -135,10 +135,10 @@ class Eager:
         for t in range(len(self.batch.params)):
             for part in self.parts(ps, t):
                 seen = self.walk(ps, part)
-                old = list(part.slots.values())
-                new = [seen["p"], *(seen[f"slot {name}"] for name in part.slots)]
+                old = [part.slots[name] for name in ps.stores]
+                new = [seen["p"], *(seen[f"slot {name}"] for name in ps.stores)]
                 # a rule may hand on one slot's tensor as another's new value
-                p, *new = [x.clone() if any(x is y for y in old) else x for x in new]
+                p, *new = [x.clone() if any(x is y for y in part.slots.values()) else x for x in new]
                 for slot, x in zip(old, new, strict=True):
                     slot.copy_(x)
                 if ps.writes:

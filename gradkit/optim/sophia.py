@@ -15,7 +15,7 @@ from ..ops import absolute, isfinite, lerp, maximum, where
 from ..optimizer import Optimizer
 from ..options import COUNT, LIMIT, POSITIVE, STEPS, Number, Options, check_number
 from ..transform import Stage, derive, measure, rule
-from ..transforms.clip import clip_value, scale
+from ..transforms.clip import cut, scale
 
 log = logging.getLogger("gradkit")
 
@@ -27,10 +27,15 @@ def over_curvature(u, exp_avg, hessian, w1, a, gamma, e):
     return exp_avg * a / maximum(hessian * gamma, e), exp_avg, hessian
 
 
+@rule(counts="win_rate")
+def limit_move(u, clip):
+    return cut(u, clip)
+
+
 @derive("step")
-def sophia_scalars(betas, eps, clip, correct_bias, step):
+def sophia_scalars(betas, eps, correct_bias, step):
     b1, _ = betas
-    return {"w1": 1 - b1, "a": 1 / (1 - b1**step) if correct_bias else 1.0, "e": eps, "limit": clip}
+    return {"w1": 1 - b1, "a": 1 / (1 - b1**step) if correct_bias else 1.0, "e": eps}
 
 
 @rule
@@ -104,7 +109,7 @@ class Sophia(Optimizer):
         first.setdefault("hessian_stale_at", 2.0 * float(first["hessian_every"]))  # the clock, if no estimate comes
 
     def links(self, group: Any) -> Chain:
-        return chain(over_curvature, clip_value, derive=sophia_scalars)
+        return chain(over_curvature, limit_move, derive=sophia_scalars)
 
     @property
     def hessian_due(self) -> bool:

@@ -7,6 +7,7 @@ Growth of a norm over time: Chen et al. 2024, https://arxiv.org/abs/2410.01623
 import math
 
 from ..chain import Chain, chain
+from ..language import fn
 from ..ops import absolute, isfinite, maximum, minimum, sign, sqrt, where
 from ..options import FRACTION, LIMIT, Range
 from ..transform import Stage, derive, measure, rule
@@ -19,9 +20,14 @@ def scale(u, coef):
     return u * coef
 
 
+@fn
+def cut(u, limit):
+    return where(absolute(u) > limit, sign(u) * limit, u)
+
+
 @rule(counts="clipped")
 def clip_value(u, limit):
-    return where(absolute(u) > limit, sign(u) * limit, u)
+    return cut(u, limit)
 
 
 @rule(slots=("spike_sq",), counts="spikes")

@@ -144,7 +144,7 @@ MUTANTS = (
             "(hessian * gamma + e)",
             hostile("sophia_signed"),
         ),
-        ("Sophia: limit", "over_curvature, clip_value, derive", "over_curvature, derive", hostile("sophia")),
+        ("Sophia: limit", "over_curvature, limit_move, derive", "over_curvature, derive", hostile("sophia")),
         ("Sophia: memory of the curvature", "lerp(hessian, u, w2)", "u + (hessian - hessian) * w2", hostile("sophia")),
         ("Sophia: share of an estimate", '"w2": 1 - betas[1]', '"w2": 1 - betas[0]', hostile("sophia")),
         ("Sophia: square", "return u * u", "return absolute(u)", golden("sophia", "sophia__g_readme")),
