@@ -78,7 +78,7 @@ class Counted(NamedTuple):
                     if owner.items == (norms,):
                         mine[name] = value
                     elif owner.items == (shrunk,):
-                        at = shown(next(kinds), value, int(batch.numel[t])) if name == "count" else (name, value)
+                        at = shown(next(kinds), value, batch.owners[t].numel()) if name == "count" else (name, value)
                         mine[f"{owner.name}.{at[0]}"] = at[1]
                 if resets_[t] is not None:
                     mine["resets"] = resets_[t]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -189,6 +190,18 @@ def writes_back_the_bits_of_one_process(rounding: str, backend: str, _: Path) ->
     assert not torch.equal(plain[0], start[0])
 
 
+def counts_are_those_of_one_process(_: Path) -> None:
+    runs = [Run(partial(gradkit.StableSPAM, transforms=[clip_by_value(0.05)]), sharded) for sharded in (True, False)]
+    seen = []
+    for run in runs:
+        run.opt.stats(every=3)
+        run.train(range(3))
+        seen.append(run.opt.stats())
+    for name, one in seen[1].items():
+        assert seen[0][name] == pytest.approx(one, rel=1e-5, abs=1e-12), name
+    assert any(0 < one["clip_by_value.clipped"] < 1 for one in seen[1].values())
+
+
 def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
     sums = {"lr": 1e-2, "transforms": [clip_by_global_norm(0.1), clip_by_norm(0.05), cautious()]}
     elementwise = {"lr": 1e-2, "transforms": [clip_by_value(0.05), cautious()], "weight_decay": 0.1}
@@ -233,6 +246,7 @@ def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
         resumes_bitwise_in_one_process_and_back,
         takes_over_from_torch,
         ring_slots_stay_sharded_at_their_dtype,
+        counts_are_those_of_one_process,
         *gradients.LAWS,
         *units.LAWS,
     ):
