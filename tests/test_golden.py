@@ -211,12 +211,13 @@ def test_adaptive_clip_cuts_as_the_authors_do(backend):
     arrays = Golden(AGC).arrays
     names = ["lin", "bias", "conv", "gain", "lin_big", "mh"]
     weights, grads, clipped = ([as_rows(n, arrays[f"{kind}_{n}"]) for n in names] for kind in ("param", "grad", "out"))
-    params = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in weights]
+    dtype, absolute = (torch.float32, 5e-7) if backend == "triton" else (torch.float64, 1e-9)  # of weights around 1
+    params = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in weights]
     arguments = Golden(AGC).meta["hyperparameters"]
     optimizer = BY_NAME["adaptive_clip"].build(params, lr=1.0, backend=backend, **arguments)
     seen = replay(optimizer, params, [grads], backend=backend)
     for (before, after), theirs in zip(seen, clipped, strict=True):
-        np.testing.assert_allclose((before - after).numpy(), theirs, rtol=2e-6, atol=1e-9)
+        np.testing.assert_allclose((before - after).numpy(), theirs, rtol=2e-6, atol=absolute)
     assert sum(not np.allclose(g, c) for g, c in zip(grads, clipped, strict=True)) == 5
 
 

@@ -95,6 +95,15 @@ def test_clipping_in_triton_is_torchs(name, file):
     test_golden.test_clipping_by_global_norm_is_torchs(name, file, "triton")
 
 
+@pytest.mark.parametrize(("name", "file"), test_golden.ZCLIPS)
+def test_zclip_in_triton_cuts_and_remembers_as_the_authors_do(name, file):
+    test_golden.test_zclip_cuts_and_remembers_as_the_authors_do(name, file, "triton")
+
+
+def test_adaptive_clip_in_triton_cuts_as_the_authors_do():
+    test_golden.test_adaptive_clip_cuts_as_the_authors_do("triton")
+
+
 @rule(slots=("level",), stage=gradkit.Stage.GRAD)
 def centre(u, level, w):
     level = lerp(level, u, w)
