@@ -68,6 +68,8 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
             del group[key]
         for key, value in old.items():
             group.setdefault(key, value)
+        if "param_names" in old:  # those of the model that is here
+            group["param_names"] = old["param_names"]
         for key, value in group.items():
             group[key] = on_host(value)
     wanted: set[str] = set()

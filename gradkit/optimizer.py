@@ -50,6 +50,7 @@ class Optimizer(torch.optim.Optimizer):
     ranges: ClassVar[Mapping[str, Range]] = {}  # of a subclass's own hyperparameters
     counts_every = 0  # steps; 0: never
     _counted: stats.Counted | None = None
+    _built = False
 
     def __init__(
         self, params: Any, chain: Chain | None = None, *, lr: Number = 1e-3, weight_decay: Number = 0.0, **options: Any
@@ -78,7 +79,8 @@ class Optimizer(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
         self._check_values({**defaults, "backend": self.backend})
         super().__init__(params, defaults)
-        self._check_names()
+        self._check_names(self.param_groups)
+        self._built = True
 
     def _check_values(self, values: Mapping[str, Any]) -> None:
         whole = (*self.transforms, *([self.chain] if self.chain else []))
@@ -86,10 +88,10 @@ class Optimizer(torch.optim.Optimizer):
         defaults = getattr(self, "defaults", None) or own_defaults(type(self))
         check_values(type(self).__name__, values, defaults, {**self.ranges, **of_chains})
 
-    def _check_names(self) -> None:
+    def _check_names(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise if a transform's patterns match no parameter's name."""
-        who, names = type(self).__name__, [n for g in self.param_groups for n in g.get("param_names", ())]
-        for key, patterns in [(k, v) for g in self.param_groups for k, v in g.items() if k.endswith(".exclude") and v]:
+        who, names = type(self).__name__, [n for g in groups for n in g.get("param_names", ())]
+        for key, patterns in [(k, v) for g in groups for k, v in g.items() if k.endswith(".exclude") and v]:
             if not names:
                 raise ValueError(f"{who}: {key}={patterns!r} needs names: give model.named_parameters()")
             for pattern in listed_names(who, key, patterns):
@@ -129,6 +131,9 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES:
                 use = "torch.view_as_real" if tensor.is_complex() else f"one of {listed(DTYPES)}"
                 raise TypeError(f"{who}: a parameter of dtype {tensor.dtype} is not supported: use {use}")
+        if self._built:
+            names = [p[0] for p in params if isinstance(p, tuple)]
+            self._check_names([*self.param_groups, {**group, "param_names": names}])
         super().add_param_group(group)
         param_group.update(group)  # as in torch, the user's own dict becomes the group
         self.param_groups[-1] = param_group
@@ -210,7 +215,7 @@ class Optimizer(torch.optim.Optimizer):
         made = chain.place()
 
         def program_of(group: Mapping[str, Any]) -> Program:
-            return Program(made, {**group, **values})
+            return self._program(made, {**group, **values})
 
         if any(g is not None for g in grads):
             plan = self._fitting(chain, program_of, grads)
@@ -263,7 +268,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"{who}: parameter {i} is {tuple(p.shape)} on {p.device}, its gradient {tuple(g.shape)} on "
                     f"{g.device}; call zero_grad() after a parameter was replaced"
                 )
-        self._check_names()
+        self._check_names(self.param_groups)
         plan = Plan(self.batches(grads, program_of), params, grads, structure)
         chosen = [choose(self.backend, batch)[0] for batch in plan.batches]
         self._make_state({p for p, g in zip(params, grads, strict=True) if p.requires_grad or g is not None})
@@ -309,7 +314,7 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             first.remove()
             then.remove()
-        self._plans = {}
+        self._plans, self._counted = {}, None
 
     def __getstate__(self) -> dict[str, Any]:
         ours = {n: vars(self)[n] for n in ("chain", "transforms", "backend", "_kept")}
@@ -331,6 +336,7 @@ class Optimizer(torch.optim.Optimizer):
         if every is not None:
             check_number("stats", "every", every, COUNT)
             self.counts_every, self._counted = int(every), None
+            self._plans.pop("stats", None)
         elif not self.counts_every:
             raise RuntimeError(
                 f"{type(self).__name__}.stats: nothing is counted; call stats(every=100) before training"

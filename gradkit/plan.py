@@ -14,7 +14,7 @@ from . import sharding
 from .chain import Placed, share_slots
 from .reduction import joined, order
 from .scalars import Scalars, look, number
-from .transform import Measure, Rule, Stage
+from .transform import AXES, Measure, Rule, Stage
 
 if TYPE_CHECKING:
     from .backends import Eager, Native, Triton
@@ -72,13 +72,16 @@ class Program:
         ends = [i for i, x in enumerate(pieces) if isinstance(x.link, Measure)] + [len(pieces)]
         self.passes = [Pass(pieces, end) for end in ends]
         self.arguments = {f"{x.chain.name}.{n}": v for x in pieces for n, v in x.chain.arguments.items()}
-        self.by_row = any(ps.measure.link.scope == "row" for ps in self.passes if ps.measure)
+        parts = {x.link.scope: x.label for x in pieces if isinstance(x.link, Measure) and x.link.scope in AXES}
+        if len(parts) > 1:
+            raise ValueError(f"{parts['row']} measures rows and {parts['column']} columns: a chain may do one of them")
+        self.axis = next((AXES[scope] for scope in parts), None)  # along which units lie
         self.no_source = next((x.link.code.no_source for x in pieces if x.link.code.no_source), "")
 
     def excluding(self, group: Mapping[str, Any], name: str) -> tuple[str, ...]:
         """What is True for a parameter of this name: `<chain>.excluded`, where its argument `exclude` says so."""
-        made = [c.removesuffix(".exclude") for c in self.arguments if c.endswith(".exclude")]
-        return tuple(f"{c}.excluded" for c in made if any(fnmatchcase(name, x) for x in group[f"{c}.exclude"]))
+        patterns = {n: group.get(n, given) for n, given in self.arguments.items() if n.endswith(".exclude")}
+        return tuple(f"{n}d" for n, given in patterns.items() if any(fnmatchcase(name, x) for x in given))
 
     def key(self) -> tuple:
         """Equal for two groups that run the same code."""
@@ -142,6 +145,14 @@ def kind_of(program: Program, p: Tensor, g: Tensor, group: Mapping[str, Any]) ->
     return Kind(program, p.device, p.dtype, g.dtype, slots, rounding, detour(program, p, rounding))
 
 
+class Units(NamedTuple):
+    """How a tensor's rows or columns lie in memory: `outer` times, of each `inner` consecutive elements."""
+
+    outer: int
+    number: int
+    inner: int
+
+
 class Member(NamedTuple):
     """A parameter and its place."""
 
@@ -188,20 +199,15 @@ class Batch:
         self.shared: dict[int, Tensor] = {}  # of each measure over all tensors, what it keeps
         columns = len(self.program.scalars.measured)
         self.measured = torch.zeros(len(self.owners), max(1, columns), dtype=self.compute, device=self.device)
-        columns = len(self.program.scalars.by_row)
-        self.row_counts = [rows_of(p) if columns else 0 for p in self.params]
-        self.first_row = [0, *accumulate(self.row_counts)]
-        self.row_owner = torch.repeat_interleave(torch.tensor(self.row_counts)).to(self.device)
-        self.by_row = torch.zeros(len(self.row_owner), columns, dtype=self.compute, device=self.device)
+        axis, columns = self.program.axis, len(self.program.scalars.by_unit)
+        self.units = [Units(0, 0, 0) if axis is None else units_of(p, axis) for p in self.params]
+        self.first_unit = [0, *accumulate(x.number for x in self.units)]
+        self.unit_owner = torch.repeat_interleave(torch.tensor([x.number for x in self.units])).to(self.device)
+        self.by_unit = torch.zeros(len(self.unit_owner), columns, dtype=self.compute, device=self.device)
         self.strides = [p.stride() for p in self.params]
         self.contiguous = all(p.is_contiguous() for p in self.params)
         self.row: np.ndarray = np.zeros(0, np.int32)
         self.first: np.ndarray = self.row
-
-    @property
-    def row_lengths(self) -> list[int]:
-        """Elements of a row of each tensor."""
-        return [n // max(1, rows) for n, rows in zip(self.sizes, self.row_counts, strict=True)]
 
     def bind(self, grads: Sequence[Tensor]) -> bool:
         """Take this step's gradients, unless parameters have moved or gradients are not of the planned kind.
@@ -273,22 +279,28 @@ class Batch:
         return slot[int(self.positions[name][t]) % len(slot)] if name in self.program.rings else slot
 
 
-def rows_of(p: Tensor) -> int:
-    """How many rows a measure of that scope sees."""
-    return p.shape[0] if p.dim() > 1 else 1
+def units_of(p: Tensor, axis: int) -> "Units":
+    """The rows (axis 0) or columns (axis 1) of a dense tensor."""
+    if p.dim() < 2 or (p.shape[axis] == 1 and p.numel()):
+        return Units(1, 1, p.numel())
+    count, inner = p.shape[axis], p.stride(axis)
+    return Units(p.numel() // (count * inner), count, inner) if p.numel() else Units(0, count, 1)
 
 
 def detour(program: Program, p: Tensor, rounding: str) -> str:
     """Why this parameter can only be run by eager; empty if any backend can."""
     if sharding.is_sharded(p):
         placements = sharding.placements(p)
-        if program.by_row and p.dim() > 1 and any(getattr(x, "dim", 0) != 0 for x in placements):
-            raise TypeError(f"a measure of rows needs them whole: a parameter placed as {placements} is cut across")
+        if (
+            program.axis is not None
+            and p.dim() > 1
+            and any(getattr(x, "dim", program.axis) != program.axis for x in placements)
+        ):
+            parts = "columns" if program.axis else "rows"
+            raise TypeError(f"a measure of {parts} needs them whole: a parameter placed as {placements} is cut across")
     flat = sharding.local(p.detach())
     if not dense(flat):
         return "not dense in memory"
-    if program.by_row and flat.numel() and flat.dim() > 1 and flat.stride(0) * flat.shape[0] != flat.numel():
-        return "its rows are not consecutive in memory"
     if rounding == "stochastic" and not isinstance(sharding.logical_index(p), int):
         return "stochastic rounding follows the logical index, and memory does not"
     return ""

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import sharding
 from .backends.triton import measured
 from .scalars import shared
+from .transform import AXES
 
 if TYPE_CHECKING:
     from .plan import Batch, Pass
@@ -20,6 +21,7 @@ class Reduction:
     def __init__(self, parts: "list[tuple[Batch, Pass]]"):
         self.parts, self.placed = parts, parts[0][1].measure
         self.link = self.placed.link
+        self.counts = "mean" in self.link.reduce.values()
 
     def attach(self, first: dict[str, Any]) -> None:
         """Over all tensors: one vector of what the measure keeps; the first group holds 0-d views of it."""
@@ -27,7 +29,7 @@ class Reduction:
         self.kept = torch.zeros(0)
         if self.link.scope == "all" and ps.memory:
             for name in ps.memory:
-                first[name] = torch.as_tensor(first[name], dtype=torch.float64, device=batch.device)
+                first[name] = torch.as_tensor(first.get(name, 0.0), dtype=torch.float64, device=batch.device)
             self.kept = joined([first], ps.memory)[0]
             for batch, ps in self.parts:
                 batch.shared[ps.end] = self.kept
@@ -42,14 +44,16 @@ class Reduction:
         """Reduce, complete over shards, and give the results to the batches."""
         if not sharded and measured(self.parts):
             return
-        by_row, over_all = self.link.scope == "row", self.link.scope == "all"
-        parts = [torch.cat((b.backend.reduce(ps), counted(b, by_row)), 1) for b, ps in self.parts]
+        by_unit, over_all = self.link.scope in AXES, self.link.scope == "all"
+        parts = [b.backend.reduce(ps) for b, ps in self.parts]
+        if self.counts:  # the last column
+            parts = [torch.cat((x, counted(b, by_unit)), 1) for x, (b, _) in zip(parts, self.parts, strict=True)]
         if sharded:
             totals = torch.zeros(len(params), parts[0].shape[1], dtype=torch.float64, device=parts[0].device)
-            places = [cut(b, by_row) for b, _ in self.parts]
+            places = [cut(b, by_unit) for b, _ in self.parts]
             for (index, at), part in zip(places, parts, strict=True):
                 totals[index] = part[at].to(totals.device)
-            sharding.complete(totals, [*self.link.reduce.values(), "sum"], params)
+            sharding.complete(totals, [*self.link.reduce.values(), *["sum"] * self.counts], params)
             for (index, at), part in zip(places, parts, strict=True):
                 part[at] = totals[index].to(part.device)
             parts = [totals] if over_all else parts
@@ -64,7 +68,7 @@ class Reduction:
             given = [self.finish(x, cells_of(b, ps)) for x, (b, ps) in zip(parts, self.parts, strict=True)]
         for (batch, ps), values in zip(self.parts, given, strict=True):
             scalars = batch.program.scalars
-            table, names = (batch.by_row, scalars.by_row) if by_row else (batch.measured, scalars.measured)
+            table, names = (batch.by_unit, scalars.by_unit) if by_unit else (batch.measured, scalars.measured)
             for name, value in zip(self.link.gives, values, strict=False):
                 table[:, names.index((ps.measure.chain, name))] = value
             for name, value in zip(ps.memory, values[len(self.link.gives) :], strict=False):
@@ -74,38 +78,42 @@ class Reduction:
         """Run `finish` on vectors [tensors], or over all on their total."""
         columns = []
         for j, how in enumerate(self.link.reduce.values()):
-            column, count = totals[:, j], totals[:, -1]
+            column = totals[:, j]
             if self.link.scope == "all":
-                column, count = column.max() if how == "max" else column.sum(), count.sum()
-            columns.append(column / count.clamp(min=1) if how == "mean" else column)
+                column = column.max() if how == "max" else column.sum()
+            if how == "mean":
+                count = totals[:, -1].sum() if self.link.scope == "all" else totals[:, -1]
+                column = column / count.clamp(min=1)
+            columns.append(column)
         out = self.link.finish(*columns, *cells)
         return out if isinstance(out, tuple) else (out,)
 
 
-def counted(batch: "Batch", by_row: bool) -> Tensor:
-    """How many elements each tensor has, or each row."""
-    if not by_row:
+def counted(batch: "Batch", by_unit: bool) -> Tensor:
+    """How many elements each tensor has, or each row or column."""
+    if not by_unit:
         return batch.numel
-    lengths = torch.tensor(batch.row_lengths, dtype=torch.float64, device=batch.device)
-    return lengths[batch.row_owner, None]
+    lengths = [n // max(1, x.number) for n, x in zip(batch.sizes, batch.units, strict=True)]
+    return torch.tensor(lengths, dtype=torch.float64, device=batch.device)[batch.unit_owner, None]
 
 
-def cut(batch: "Batch", by_row: bool) -> tuple[list[int], list[int]]:
+def cut(batch: "Batch", by_unit: bool) -> tuple[list[int], list[int]]:
     """What shards may have parts of: places among all parameters, and among the totals. A matrix has its rows whole."""
-    if not by_row:
+    if not by_unit:
         return batch.index, list(range(len(batch.index)))
     vectors = [t for t, p in enumerate(batch.params) if p.dim() < 2]
-    return [batch.index[t] for t in vectors], [batch.first_row[t] for t in vectors]
+    return [batch.index[t] for t in vectors], [batch.first_unit[t] for t in vectors]
 
 
 def cells_of(batch: "Batch", ps: "Pass") -> list[Tensor]:
-    """What `finish` takes beside the totals: vectors [tensors] or [rows] in float64."""
+    """What `finish` takes beside the totals: vectors [tensors] or [units] in float64."""
     kept = [batch.memory[:, batch.program.memory.index(name)] for name in ps.memory]
-    tables = {"h": torch.from_numpy(batch.table64[batch.row]).to(batch.device), "m": batch.measured}
-    if ps.measure.link.scope == "row":
-        tables = {name: table[batch.row_owner] for name, table in tables.items()}
-    tables["r"] = batch.by_row
-    return kept + [tables[c.table][:, c.at].double() for c in batch.program.scalars.of[ps.end]]
+    tables = {"h": torch.from_numpy(batch.table64[batch.row]).to(batch.device), "m": batch.measured, "r": batch.by_unit}
+    cells = []
+    for c in batch.program.scalars.of[ps.end]:
+        cell = tables[c.table][:, c.at].double()
+        cells.append(cell[batch.unit_owner] if ps.measure.link.scope in AXES and c.table != "r" else cell)
+    return kept + cells
 
 
 def joined(states: Sequence[dict[str, Any]], names: Sequence[str]) -> Tensor:

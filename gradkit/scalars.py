@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 
 from .chain import Chain, Placed
-from .transform import Measure
+from .transform import AXES, Measure
 
 
 class Column(NamedTuple):
-    """Where a link finds a scalar: a column of the host's table, or of what measures gave each tensor or each row."""
+    """Where a link finds a scalar: in the host's table, or in what measures gave each tensor, or each part of one."""
 
     table: str  # "h", "m" or "r"
     at: int
@@ -35,7 +35,7 @@ class Scalars:
         self.of: list[list[Column]] = []  # for each link, in the order of its scalars
         self.rows: list[tuple[Placed, str]] = []
         self.measured: list[tuple[Chain, str]] = []
-        self.by_row: list[tuple[Chain, str]] = []
+        self.by_unit: list[tuple[Chain, str]] = []
         self.derived = list({x.chain: x for x in pieces if x.chain.derive}.values())  # one link for each chain
         self.counters = list(dict.fromkeys(c for x in self.derived if (d := x.chain.derive) for c in d.counters))
         ones = dict.fromkeys(self.counters, 1.0)
@@ -44,15 +44,17 @@ class Scalars:
             over_all = isinstance(piece.link, Measure) and piece.link.scope == "all"
             self.of.append([] if over_all else [self.column(piece, name) for name in piece.link.scalars])
             if isinstance(piece.link, Measure):
-                given = self.by_row if piece.link.scope == "row" else self.measured
+                given = self.by_unit if piece.link.scope in AXES else self.measured
                 given += [(piece.chain, name) for name in piece.link.gives]
 
     def column(self, piece: Placed, name: str) -> Column:
         wanted = piece.chain, name
-        if wanted in self.by_row and wanted not in self.names:
-            if isinstance(piece.link, Measure) and piece.link.scope != "row":
-                raise ValueError(f"{piece.label} is over each {piece.link.scope}: {name!r} has a value for each row")
-            return Column("r", self.by_row.index(wanted))
+        if wanted in self.by_unit and wanted not in self.names:
+            if isinstance(piece.link, Measure) and piece.link.scope not in AXES:
+                raise ValueError(
+                    f"{piece.label} is over each {piece.link.scope}: {name!r} has a value for each part of one"
+                )
+            return Column("r", self.by_unit.index(wanted))
         if wanted in self.measured and wanted not in self.names:
             return Column("m", self.measured.index(wanted))
         known = [(x.chain, n) for x, n in self.rows]

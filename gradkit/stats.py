@@ -45,12 +45,16 @@ def norms(u, p, g):
 def counting(pieces: Sequence[Placed]) -> list[Placed]:
     """A chain with a measure behind each rule that counts, and one before the write."""
     out: list[Placed] = []
+    labels: list[str] = []
     for piece in pieces:
         if piece.stage == Stage.WRITE and norms not in [x.link for x in out]:
             out.append(Placed(norms, chain(norms), Stage.UPDATE))
         out.append(piece)
         if isinstance(piece.link, Rule) and piece.link.counts:
             label = piece.chain.name or piece.link.name
+            same = labels.count(label)
+            labels.append(label)
+            label += f"_{same + 1}" * bool(same)
             out.append(Placed(shrunk, chain(shrunk, name=label), piece.stage))
     return out
 
@@ -82,7 +86,8 @@ class Counted(NamedTuple):
                         mine[f"{owner.name}.{at[0]}"] = at[1]
                 if resets_[t] is not None:
                     mine["resets"] = resets_[t]
-                out[batch.names[t] or str(batch.index[t])] = mine
+                name = batch.names[t] or str(batch.index[t])
+                out[name if name not in out else f"{name} (parameter {batch.index[t]})"] = mine
         return out
 
 

@@ -109,6 +109,7 @@ class Rule(Link):
 
 
 REDUCTIONS = ("sum", "mean", "max")
+AXES = {"row": 0, "column": 1}  # of scopes that are parts of a tensor
 COUNTS = ("clipped", "spikes", "win_rate")
 
 
@@ -117,8 +118,8 @@ class Measure(Link):
 
     The map sees `u`, and by name `p`, `g`, and `before`: what flowed into the rule in front of it.
 
-    scope: "tensor" (each its own), "all" (every tensor whose chain holds this very link), or "row" (each slice along
-        the first dimension; a tensor with fewer than two dimensions is one).
+    scope: "tensor" (each its own), "all" (every tensor whose chain holds this very link), "row" or "column" (each slice
+        along the first, or second, dimension; a tensor with fewer than two dimensions is one).
     reduce: a name for each value that the map returns -> "sum", "mean" or "max" (from 0: meant for magnitudes).
     finish: `(reductions, state, scalars) -> gives, state`, in the rule language with arithmetic among scalars, in
         float64. Over all tensors it reads its chain's arguments, the clock, and of the groups the first.
@@ -133,9 +134,9 @@ class Measure(Link):
         check_stage(self.name, stage)
         self.scope, self.stage, self.reduce, self.finish = scope, stage, dict(reduce), finish
         self.gives, self.state = listed_names(self.name, "gives", gives), listed_names(self.name, "state", state)
-        if scope not in ("row", "tensor", "all"):
-            raise ValueError(f"{self.name}: scope={scope!r}; use 'row', 'tensor' or 'all'")
-        if self.state and scope == "row":
+        if scope not in ("tensor", "all", *AXES):
+            raise ValueError(f"{self.name}: scope={scope!r}; use 'row', 'column', 'tensor' or 'all'")
+        if self.state and scope in AXES:
             raise ValueError(f"{self.name}: state={self.state!r} is kept of a tensor or of all: use such a scope")
         for how in self.reduce.values():
             if how not in REDUCTIONS:

@@ -81,3 +81,10 @@ def test_without_any_tensor_nothing_happens():
     params, optimizer = optimizer_of("auto")
     optimizer.run_beside(COLLECT, [None, None], factor=1.0)
     assert not optimizer.state
+
+
+def test_groups_that_differ_in_numbers_are_one_batch():
+    params, _ = optimizer_of("auto")
+    optimizer = gradkit.Optimizer([{"params": [p], "lr": 0.1 * i} for i, p in enumerate(params)], gradkit.chain(keep))
+    optimizer.run_beside(COLLECT, [torch.ones(5), torch.ones(3)], factor=1.0)
+    assert len(optimizer._plans[COLLECT].batches) == 1

@@ -376,6 +376,17 @@ def test_zclip_leaves_steady_gradients_alone(mode, backend):
 
 
 @each_backend
+def test_zclip_holds_back_a_norm_that_overflows(backend):
+    """3e19 is finite in float32, its square is not."""
+    p = torch.zeros(4, requires_grad=True)
+    optimizer = gradkit.Optimizer([p], tx.zclip(warmup_steps=2), lr=1.0, backend=backend)
+    for size in (1.0, 1.1, 0.9, 3e19):
+        before = p.detach().clone()
+        replay(optimizer, [p], [[np.full(4, size)]])
+    assert float((p.detach() - before).abs().max()) <= 1.0
+
+
+@each_backend
 def test_the_norm_of_an_update_grows_slowly(backend):
     p = torch.zeros(4, requires_grad=True)
     chained = gradkit.chain(tx.norm_growth_limit(gamma=1.5))

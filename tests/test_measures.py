@@ -12,6 +12,7 @@ import gradkit
 from gradkit import chain, measure, rule
 from gradkit import transforms as tx
 from gradkit.ops import absolute, maximum, sign, sqrt, where
+from gradkit.reduction import order
 from tests.cases import BACKENDS
 from tests.runs import ran_on
 from tests.tolerance import tolerance
@@ -219,3 +220,33 @@ def test_a_file_without_what_is_kept_says_so(caplog):
     saved = gradkit.Optimizer([p], chain(), lr=1.0).state_dict()
     optimizer.load_state_dict(saved)
     assert "lacks so_far.before" in caplog.text
+
+
+@each_backend
+def test_what_is_kept_for_all_starts_anew_where_it_was_taken_away(backend):
+    params, optimizer = keeping(backend, torch.float32, torch.float32)
+    give(params, 2.0, 4.0)
+    optimizer.step()
+    optimizer.param_groups.reverse()
+    optimizer.step()
+    assert float(optimizer.param_groups[0]["so_far.before"]) == 4.0
+    del optimizer.param_groups[0]["so_far.before"]
+    give(params, 1.0, 3.0)
+    optimizer.step()
+    assert float(optimizer.param_groups[0]["so_far.before"]) == 3.0
+
+
+def test_transforms_may_be_replaced_between_steps():
+    net = torch.nn.Linear(2, 2)
+    optimizer = gradkit.AdamW(net.named_parameters())
+    for transforms in ((tx.zclip(),), (tx.adaptive_clip(exclude=("bias",)),), ()):
+        optimizer.transforms = transforms
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+
+def test_a_norm_is_counted_only_for_a_mean():
+    optimizer = gradkit.AdamW([torch.ones(2, requires_grad=True)], transforms=[tx.clip_by_norm(1.0), tx.cautious()])
+    (batch,) = optimizer.batches([torch.ones(2)])
+    assert [r.counts for r in order([batch])] == [False, True]

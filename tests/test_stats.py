@@ -30,6 +30,7 @@ MAKERS = {
     "adaptive": lambda p, **o: gradkit.Lion(p, transforms=[tx.adaptive_clip(0.1), tx.cautious()], **o),
     "SPAM": lambda p, **o: gradkit.SPAM(p, threshold=2.0, clip_free_steps=0, reset_every=3, **o),
     "StableSPAM": lambda p, **o: gradkit.StableSPAM(p, reset_every=2, **o),
+    "Sophia": lambda p, **o: gradkit.Sophia(p, hessian_every=100, **o),
     "window": lambda p, **o: gradkit.Grokfast(p, filter="ma", window=2, **o),
 }
 
@@ -137,3 +138,41 @@ def test_explain_shows_the_plan_with_and_without():
 def test_a_rule_names_what_it_counts():
     with pytest.raises(ValueError, match="counts='clips'; use one of 'clipped', 'spikes', 'win_rate'"):
         gradkit.rule(tx.clip.scale.fn, counts="clips")
+
+
+@each_backend
+def test_sophias_limit_gives_its_win_rate(backend):
+    p = torch.zeros(8, requires_grad=True)
+    optimizer = gradkit.Sophia([p], gamma=1.0, weight_decay=0.0, backend=backend)
+    optimizer.update_hessian(estimates=[torch.tensor([1e6] * 6 + [0.0] * 2)])
+    optimizer.stats(every=1)
+    p.grad = torch.ones(8)
+    optimizer.step()
+    assert optimizer.stats()["0"]["limit_move.win_rate"] == 6 / 8 == optimizer.win_rate()
+
+
+def test_no_figure_hides_another():
+    """Two groups with the same names, and one chain with two rules that count."""
+    nets = [model(), model(1)]
+    both = gradkit.chain(tx.clip.clip_value, tx.clip.clip_value, name="twice", limit=0.5)
+    optimizer = gradkit.Lion([{"params": net.named_parameters()} for net in nets], transforms=[both])
+    optimizer.stats(every=1)
+    for net in nets:
+        give(net, 1)
+    optimizer.step()
+    seen = optimizer.stats()
+    assert len(seen) == 8 and "0.weight" in seen and "0.weight (parameter 4)" in seen
+    assert {"twice.clipped", "twice_2.clipped"} <= seen["0.weight"].keys()
+
+
+def test_nothing_counted_outlives_what_it_was_counted_of():
+    net = model()
+    optimizer = gradkit.AdamW(net.parameters())
+    optimizer.stats(every=1)
+    give(net, 1)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.stats() == {}
+    optimizer.step()
+    optimizer.stats(every=0)
+    assert "stats" not in optimizer._plans

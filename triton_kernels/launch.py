@@ -10,12 +10,14 @@ from torch import Tensor
 
 from .. import random
 from ..backends.blocks import blocks_of
+from ..backends.csource import in_units
+from ..transform import AXES
 from . import source
 from .load import kernel
 from .memory import INTERPRETED
 
 if TYPE_CHECKING:
-    from ..plan import Batch, Kind, Pass
+    from ..plan import Batch, Kind, Pass, Units
 
 WRITE_STREAM = random.stream("write")
 
@@ -48,7 +50,13 @@ def shape() -> Shape:
 def options(tiles: int, cut: Shape | None = None) -> dict[str, Any]:
     """What a kernel with blocks of so many tiles is compiled with."""
     cut = cut or shape()
-    return {"TILE": cut.tile, "CHUNK": cut.tile * tiles, "num_warps": cut.warps, "enable_fp_fusion": False}
+    return {
+        "TILE": cut.tile,
+        "CHUNK": cut.tile * tiles,
+        "WIDE": 4 * cut.lanes,
+        "num_warps": cut.warps,
+        "enable_fp_fusion": False,
+    }
 
 
 def on(device: torch.device) -> Any:
@@ -88,23 +96,36 @@ class Kernel:
         self.owner, self.ps, made = owner, ps, write(owner.batch.kind, ps)
         self.run = kernel(made.text, **made.rules)
         self.options = options(owner.cut.reduce if ps.measure else owner.cut.apply, owner.cut)
-        b = owner.batch
-        if ps.measure and ps.measure.link.scope == "row":
-            self.sizes = np.repeat(b.row_lengths, b.row_counts)
-            blocks, self.counts = blocks_of(self.sizes, self.options["CHUNK"])
-            tensor = np.repeat(np.arange(len(b.sizes)), b.row_counts)[blocks[:, 0]]
-            line = blocks[:, 0] - np.array(b.first_row)[tensor]
-            blocks = np.column_stack([tensor, blocks[:, 1], line]).astype(np.int32)
+        b, self.sizes = owner.batch, np.array(owner.batch.sizes)
+        if in_units(b.kind, ps):
+            tile, wide, chunk = (self.options[name] for name in ("TILE", "WIDE", "CHUNK"))
+            blocks = boxes(b.units, tile // wide, wide, chunk // tile)
+            self.counts = np.bincount(blocks[:, 0], minlength=len(self.sizes))
         else:
-            self.sizes = np.array(b.sizes)
-            blocks, self.counts = blocks_of(self.sizes, self.options["CHUNK"])
-        self.blocks = torch.from_numpy(blocks).to(owner.batch.device)
+            blocks, self.counts = blocks_of(b.sizes, self.options["CHUNK"])
+        self.blocks = torch.from_numpy(blocks).to(b.device)
 
     def start(self, *more: Any) -> None:
         own, b = self.owner, self.owner.batch
         if len(self.blocks):
             arguments = own.step, own.fixed, self.blocks, b.measured, len(b.params), *more
             launch(self.run, len(self.blocks), b.device, *arguments, **self.options)
+
+
+class Panels:
+    """Rows or columns that are reduced by one launch; the last block of each panel of them finishes."""
+
+    def __init__(self, kernel_: Kernel, out: Tensor | None = None):
+        b, items = kernel_.owner.batch, kernel_.blocks
+        self.kernel = kernel_
+        made = {name: int(items[:, i].max()) for i, name in enumerate(source.ITEM)} if len(items) else {}
+        cells = made.get("place", 0) + kernel_.options["WIDE"], len(kernel_.ps.measure.link.reduce)
+        self.partials = torch.empty(cells, dtype=torch.float64, device=b.device)
+        self.counters = torch.zeros(made.get("panel", 0) + 1, dtype=torch.int32, device=b.device)
+        self.out = self.partials if out is None else out
+
+    def run(self) -> None:
+        self.kernel.start(self.partials, self.counters, self.out)
 
 
 class Joint:
@@ -147,15 +168,13 @@ class Kernels:
         if batch.rounding == "stochastic":
             seeds = [int(batch.groups[n]["seed"]) for n in batch.group]
             columns += [batch.logical, batch.index, [seed | WRITE_STREAM << 32 for seed in seeds]]
-        if batch.program.by_row:
-            step = batch.by_row.stride(0) * batch.by_row.element_size()
-            lines, lengths = batch.first_row[:-1], zip(batch.row_lengths, batch.params, strict=True)
-            columns += [[batch.by_row.data_ptr() + step * n for n in lines]]
-            columns += [[n if p.dim() > 1 else 0 for n, p in lengths], lines]
+        if batch.program.axis is not None:
+            step, first = batch.by_unit.stride(0) * batch.by_unit.element_size(), batch.first_unit[:-1]
+            columns += [[batch.by_unit.data_ptr() + step * n for n in first], first]
         self.fixed = send([np.array(columns, np.uint64).ravel()], batch.device)
         self.last = Kernel(self, batch.program.passes[-1], source.apply)
-        self.joints: dict[int, Joint] = {}
-        self.sums: dict[int, tuple[Tensor, Joint]] = {}
+        self.joints: dict[int, Joint | Panels] = {}
+        self.sums: dict[int, tuple[Tensor, Joint | Panels]] = {}
 
     def begin(self) -> None:
         """Send what this step changes."""
@@ -170,23 +189,22 @@ class Kernels:
         self.last.start()
 
     def totals(self, ps: "Pass") -> Tensor:
-        """Each tensor's or row's own, float64 [of them, reductions]."""
+        """Each tensor's or unit's own, float64 [of them, reductions]."""
         if ps.end not in self.sums:
             b = self.batch
-            kernel_ = Kernel(self, ps, source.totals)
-            out = torch.zeros(len(kernel_.sizes), len(ps.measure.link.reduce), dtype=torch.float64, device=b.device)
-            cells = addresses(out, range(out.shape[1]))
-            self.sums[ps.end] = out, Joint([kernel_], np.arange(len(out)), cells)
+            kernel_, by_unit = Kernel(self, ps, source.totals), ps.measure.link.scope in AXES
+            count = len(b.by_unit) if by_unit else len(b.sizes)
+            out = torch.zeros(count, len(ps.measure.link.reduce), dtype=torch.float64, device=b.device)
+            group, cells = np.arange(len(out)), addresses(out, range(out.shape[1]))
+            self.sums[ps.end] = out, Panels(kernel_, out) if by_unit else Joint([kernel_], group, cells)
         out, joint = self.sums[ps.end]
         joint.run()
         return out
 
     def gives(self, ps: "Pass") -> np.ndarray:
-        """Where the results of a measure are stored: addresses [results, tensors or rows]."""
+        """Where the results of a measure are stored: addresses [results, tensors]."""
         b, scalars = self.batch, self.batch.program.scalars
-        by_row = ps.measure.link.scope == "row"
-        table, columns = (b.by_row, scalars.by_row) if by_row else (b.measured, scalars.measured)
-        return addresses(table, [columns.index((ps.measure.chain, name)) for name in ps.measure.link.gives])
+        return addresses(b.measured, [scalars.measured.index((ps.measure.chain, n)) for n in ps.measure.link.gives])
 
 
 def measure(parts: "Sequence[tuple[Kernels, Pass]]") -> None:
@@ -194,11 +212,48 @@ def measure(parts: "Sequence[tuple[Kernels, Pass]]") -> None:
     over_all = parts[0][1].measure.link.scope == "all"
     for members in [parts] if over_all else [[x] for x in parts]:
         first, ps = members[0]
-        if ps.end not in first.joints:
+        if ps.measure.link.scope in AXES:
+            if ps.end not in first.joints:
+                first.joints[ps.end] = Panels(Kernel(first, ps, source.measure))
+        elif ps.end not in first.joints:
             cells = np.concatenate([k.gives(x) for k, x in members], 1)
             group = np.arange(cells.shape[1]) // (cells.shape[1] if over_all else 1)
             first.joints[ps.end] = Joint([Kernel(k, x, source.measure) for k, x in members], group, cells)
         first.joints[ps.end].run()
+
+
+def boxes(units: "Sequence[Units]", lines: int, wide: int, steps: int) -> np.ndarray:
+    """The items of a kernel whose tiles are `lines` x `wide`, `steps` in a block: panels of units, in chunks."""
+    items: list[list[int]] = []
+    place = panel = 0
+    for t, (outer, count, inner) in enumerate(units):
+        side = int(inner == 1)
+        width = wide if side else lines
+        # what is reduced: lines of lanes side by side; else lanes, or whole lines of a piece of lanes in each place
+        extent, piece = (outer, 1) if side else (inner, 1) if outer == 1 else (outer, -(-inner // wide))
+        step = steps * (lines if side else wide if outer == 1 else 1)
+        for unit in range(0, count if outer and inner else 0, width):
+            n = min(width, count - unit)
+            corners = [(i, e) for i in range(piece) for e in range(0, extent, step)]
+            first = place
+            for i, e in corners:
+                m = min(step, extent - e)
+                if side:
+                    shape, move = (m, n, -(-m // lines), m // lines * (n == wide)), (count, lines * count, lines, 0)
+                    start = e * count + unit
+                elif outer == 1:
+                    shape, move = (n, m, -(-m // wide), m // wide * (n == lines)), (inner, wide, 0, wide)
+                    start = unit * inner + e
+                else:
+                    here = min(wide, inner - i * wide)
+                    shape, move = (n, here, m, m * (n == lines and here == wide)), (inner, count * inner, 0, 0)
+                    start = (e * count + unit) * inner + i * wide
+                if start % 4 or move[0] % 4 or move[1] % 4:
+                    shape = (*shape[:3], 0)
+                items.append([t, start, *shape, *move, unit, n, side, panel, place, first, len(corners), outer * inner])
+                place += n
+            panel += 1
+    return np.array(items, np.int64).reshape(-1, len(source.ITEM))
 
 
 def addresses(table: Tensor, columns: Sequence[int]) -> np.ndarray:

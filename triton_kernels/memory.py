@@ -96,14 +96,75 @@ def spread(x, TILE: tl.constexpr):
 
 
 @triton.jit
-def beside(given, STEP: tl.constexpr, past, length, at, left, FULL: tl.constexpr, TILE: tl.constexpr):
-    """What a measure gave each element's row; `past` elements of the first row lie before the block."""
-    lane = tl.arange(0, TILE)
-    row = (past + (at + lane).to(tl.uint32)) // length
+def load_box(P, here, line, lane, skip, ok, FULL: tl.constexpr):
+    """Of lines that lie `skip` elements apart. FULL: all are there, and start at multiples of 4 elements."""
     if FULL:
-        return tl.load(given + row * STEP)
+        return widen(tl.load(tl.multiple_of(P + here, 16) + (line * (skip // 4 * 4) + lane)))
     else:
-        return tl.load(given + row * STEP, mask=at + lane < left, other=0.0)
+        return widen(tl.load(P + here + (line * skip + lane), mask=ok, other=0.0))
+
+
+@triton.jit
+def store_box(P, here, line, lane, skip, ok, x, FULL: tl.constexpr):
+    if FULL:
+        tl.store(tl.multiple_of(P + here, 16) + (line * (skip // 4 * 4) + lane), x)
+    else:
+        tl.store(P + here + (line * skip + lane), x, mask=ok)
+
+
+@triton.jit
+def only(x, ok, FULL: tl.constexpr):
+    if FULL:
+        return x
+    else:
+        return tl.where(ok, x, 0.0)
+
+
+@triton.jit
+def totals(x, cells, STEP: tl.constexpr, side, units, TILE: tl.constexpr, WIDE: tl.constexpr):
+    """Store the sums of each unit: units lie across lanes (side 1) or lines."""
+    box = tl.reshape(x.to(tl.float64), [TILE // WIDE, WIDE])
+    if side > 0:
+        j = tl.arange(0, WIDE)
+        tl.store(cells + j * STEP, tl.sum(box, 0), mask=j < units)
+    else:
+        k = tl.arange(0, TILE // WIDE)
+        tl.store(cells + k * STEP, tl.sum(box, 1), mask=k < units)
+
+
+@triton.jit
+def peaks(x, cells, STEP: tl.constexpr, side, units, TILE: tl.constexpr, WIDE: tl.constexpr):
+    bits = tl.where(x != x, float("nan"), x).to(tl.float64).to(tl.int64, bitcast=True)
+    box = tl.reshape(bits, [TILE // WIDE, WIDE])
+    if side > 0:
+        j = tl.arange(0, WIDE)
+        tl.store(cells + j * STEP, tl.max(box, 0).to(tl.float64, bitcast=True), mask=j < units)
+    else:
+        k = tl.arange(0, TILE // WIDE)
+        tl.store(cells + k * STEP, tl.max(box, 1).to(tl.float64, bitcast=True), mask=k < units)
+
+
+@triton.jit
+def sum_of_units(partials, units, chunks, STEP: tl.constexpr, WIDE: tl.constexpr):
+    """Of each unit, in the order of the chunks."""
+    j = tl.arange(0, WIDE)
+    acc = tl.zeros([WIDE], tl.float64)
+    at = 0
+    while at < chunks:
+        acc += tl.load(partials + (at * units + j) * STEP, mask=j < units, other=0.0, cache_modifier=".cg")
+        at += 1
+    return acc
+
+
+@triton.jit
+def most_of_units(partials, units, chunks, STEP: tl.constexpr, WIDE: tl.constexpr):
+    j = tl.arange(0, WIDE)
+    acc = tl.zeros([WIDE], tl.float64)
+    at = 0
+    while at < chunks:
+        acc = maximum(acc, tl.load(partials + (at * units + j) * STEP, mask=j < units, other=0.0, cache_modifier=".cg"))
+        at += 1
+    return acc
 
 
 @triton.jit

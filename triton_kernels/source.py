@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..backends.csource import in_units
 from ..scalars import Column
-from ..transform import Stage
+from ..transform import AXES, Stage
 from .rules import as_jit
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ import triton
 import triton.language as tl
 
 from gradkit.triton_kernels.memory import give, inside, load, narrow, number, philox, spread, stochastic, store, widen
-from gradkit.triton_kernels.memory import beside, is_last, max_of, maximum, peak, sum_of, total
+from gradkit.triton_kernels.memory import is_last, max_of, maximum, peak, sum_of, total
+from gradkit.triton_kernels.memory import load_box, most_of_units, only, peaks, store_box, sum_of_units, totals
 
 # The loader puts the rules among these globals: {rules}.
 
@@ -35,25 +37,35 @@ def tile({inputs}, at, left, FULL: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=[{arguments}])
-def {name}({signature}, CHUNK: tl.constexpr, TILE: tl.constexpr):
+def {name}({signature}, CHUNK: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr):
     block = tl.program_id(0)
     {opening}
     at = 0
     while at < full:
         {loop_full}
-        at += TILE
+        at += {stride}
     while at < left:
         {loop_rest}
-        at += TILE
+        at += {stride}
     {ending}
 """
 
 APPLY = ("step", "fixed", "blocks", "measured", "T")
 REDUCE = (*APPLY, "memory", "joint", "partials", "counters", "base", "O")
+APPLY_BOXES = ("step", "fixed", "items", "measured", "T")
+REDUCE_BOXES = (*APPLY_BOXES, *REDUCE[len(APPLY) :])
+REDUCE_UNITS = (*APPLY_BOXES, "partials", "counters", "out")
+# Of a box of rows or columns, 64 bits each: lines of WIDE lanes lie `skip` elements apart, and each of `left` steps
+# goes `advance` elements on; `down` lines and `along` lanes fewer are there then. Units lie across lanes (side 1) or
+# lines. A panel's partial results stand from `first` on, this block's from `place` on; a unit has `many` elements.
+ITEM = tuple(
+    "t start lines lanes left fast skip advance down along unit units side panel place first chunks many".split()
+)
 ARGUMENTS: dict[str, Any] = {  # tensors of these dtypes, and numbers
-    **dict.fromkeys(("step", "fixed", "joint"), torch.int64),
+    **dict.fromkeys(("step", "fixed", "joint", "items"), torch.int64),
     **dict.fromkeys(("blocks", "counters"), torch.int32),
-    **{"measured": torch.float32, "memory": torch.float64, "partials": torch.float64, "T": 2, "base": 2, "O": 2},
+    **dict.fromkeys(("memory", "partials", "out"), torch.float64),
+    **{"measured": torch.float32, "T": 2, "base": 2, "O": 2},
 }
 FOLD = 4  # tiles of partial results that the last block reads at once
 
@@ -70,8 +82,8 @@ class Layout:
         program = kind.program
         stores = ["p", *(f"s_{n}" for n in program.slots), *["rest"] * (kind.rounding == "kahan")]
         random = ["element", "index", "key"] if kind.rounding == "stochastic" else []
-        rows = ["given", "length", "line"] if program.by_row else []  # what the first row was given, its number
-        self.fixed = {role: i for i, role in enumerate([*stores, "size", *random, *rows])}
+        units = ["given", "number"] if program.axis is not None else []  # of the first: what it was given, its place
+        self.fixed = {role: i for i, role in enumerate([*stores, "size", *random, *units])}
         self.shared = [ps for ps in program.passes if ps.measure and ps.measure.link.scope == "all"]
         self.cells, self.head = {}, 1
         for ps in self.shared:
@@ -79,7 +91,7 @@ class Layout:
             self.head += len(ps.measure.link.scalars)
         self.rings = {f"s_{n}": len(program.scalars.rows) + i for i, n in enumerate(program.rings)}
         self.columns = len(program.scalars.rows) + len(self.rings)
-        self.measured, self.by_row = max(1, len(program.scalars.measured)), len(program.scalars.by_row)
+        self.measured, self.by_unit = max(1, len(program.scalars.measured)), len(program.scalars.by_unit)
 
     def of(self, role: str) -> str:
         """The expression of tensor t's word."""
@@ -88,8 +100,6 @@ class Layout:
     def scalar(self, column: Column) -> str:
         if column.table == "h":
             return f"number(row + {column.at})"
-        if column.table == "r":
-            return f"tl.load(given + {column.at})"
         return f"tl.load(measured + t * {self.measured} + {column.at})"
 
 
@@ -114,34 +124,29 @@ class Writer:
         if self.kahan:
             self.roles["rest"] = kind.dtype
         self.used = sorted({c for i, _ in ps.rules for c in kind.program.scalars.of[i]})
-        self.even = [c for c in self.used if c.table != "r"]  # the same for the whole block
-        self.each_row = ps.measure is not None and ps.measure.link.scope == "row"  # a block is part of a row
-        self.inputs = [*(f"P_{r}" for r in self.roles), *(c.register for c in self.even)]
-        self.inputs += ["given", "length", "past"] * (len(self.even) < len(self.used))
+        self.inputs = [*(f"P_{r}" for r in self.roles), *(c.register for c in self.used)]
+        self.link = ps.measure.link if ps.measure else None
 
     def function(self, name: str, plain: Any) -> str:
         """The name under which the text calls a function."""
         self.rules[name] = as_jit(plain)
         return name
 
+    def where(self) -> list[str]:
+        """Which tensor t, and where in it."""
+        return ["t = tl.load(blocks + 2 * block)", "start = tl.load(blocks + 2 * block + 1).to(tl.int64) * CHUNK"]
+
+    def extent(self, aligned: str) -> list[str]:
+        """How far it goes, and how far on the fast way."""
+        left = "left = tl.minimum(size - start, CHUNK).to(tl.int32)"
+        return [left, f"full = tl.where({aligned}, left // TILE * TILE, 0)"]
+
+    def scalar(self, column: Column) -> str:
+        return f"spread({self.layout.scalar(column)}, TILE)"
+
     def opening(self) -> list[str]:
         """Tensor t's pointers at this block, its scalars, and how many elements go the fast way."""
-        layout, words = self.layout, 3 if self.each_row else 2
-        lines = [f"t = tl.load(blocks + {words} * block)", f"size = {layout.of('size')}", "end = size"]
-        lines.append(f"start = tl.load(blocks + {words} * block + 1).to(tl.int64) * CHUNK")
-        if self.kind.program.by_row:  # the length of a vector, which is one row, is 0
-            lines.append(f"length = {layout.of('length')}")
-            if self.each_row:
-                lines.append("line = tl.load(blocks + 3 * block + 2).to(tl.int64)")
-                lines += ["end = tl.where(length > 0, (line + 1) * length, size)", "start += line * length"]
-            else:
-                lines.append("line = tl.where(length > 0, start // tl.maximum(length, 1), 0)")
-            cell = f"tl.pointer_type({TYPES[self.kind.compute]})"
-            lines += [
-                f"given = {layout.of('given')}.to({cell}) + line * {layout.by_row}",
-                "past = tl.where(length > 0, start - line * length, 0).to(tl.uint32)",
-                "length = tl.where(length > 0, length, CHUNK).to(tl.uint32)",
-            ]
+        layout, lines = self.layout, [*self.where(), f"size = {self.layout.of('size')}"]
         lines.append(f"row = step + {layout.head} + 2 * T + tl.load(step + {layout.head} + T + t) * {layout.columns}")
         for role, dtype in self.roles.items():
             at = layout.rings.get(role)  # the column of its position: entries lie one after the other
@@ -150,29 +155,35 @@ class Writer:
                 f"A_{role} = {layout.of(role)}{entry} + start * {dtype.itemsize}",
                 f"P_{role} = A_{role}.to(tl.pointer_type({TYPES[dtype]}))",
             ]
-        lines += [f"{c.register} = spread({layout.scalar(c)}, TILE)" for c in self.even]
         addresses = " | ".join(f"A_{role}" for role in self.roles)
-        return [
-            *lines,
-            "left = tl.minimum(end - start, CHUNK).to(tl.int32)",
-            f"full = tl.where(({addresses}) & 15 == 0, left // TILE * TILE, 0)",
-        ]
+        lines += self.extent(f"({addresses}) & 15 == 0")
+        return lines + [f"{c.register} = {self.scalar(c)}" for c in self.used]
+
+    def loads(self) -> list[str]:
+        return [f"{r} = load(P_{r}, at, left, FULL, TILE)" for r in self.roles]
+
+    def stored(self, role: str, value: str) -> str:
+        return f"store(P_{role}, at, left, {value}, FULL, TILE)"
+
+    def inside(self, x: str) -> str:
+        return f"inside({x}, at, left, FULL, TILE)"
+
+    stride, lanes = "TILE", "at + tl.arange(0, TILE)"
+    apply: tuple[str, ...] = APPLY
+    reduce: tuple[str, ...] = REDUCE
 
     def links(self) -> list[str]:
         """Loads, then the rules."""
-        lines = [f"{r} = load(P_{r}, at, left, FULL, TILE)" for r in self.roles]
-        for c in (c for c in self.used if c.table == "r"):
-            lines.append(
-                f"{c.register} = beside(given + {c.at}, {self.layout.by_row}, past, length, at, left, FULL, TILE)"
-            )
+        lines = self.loads()
         if self.kahan:
             lines += ["stored = p", "p = stored + rest", "p_before = p"]
         lines += ["g = -g"] * self.kind.program.maximize + ["u = g"]
+        lines += ["before = u"] * bool(self.link and "before" in self.link.sees)
         for i, placed in self.ps.rules:
             rule, registers = placed.link, [f"s_{n}" for n in placed.holds]
             given = ["u", *rule.sees, *registers, *(c.register for c in self.kind.program.scalars.of[i])]
             flows = "p" if rule.stage == Stage.WRITE else "u"
-            if self.ps.measure and (i, placed) == self.ps.rules[-1]:
+            if self.link and "before" in self.link.sees and (i, placed) == self.ps.rules[-1]:
                 lines.append("before = u")
             name = self.function(f"r{i}_{rule.name}", rule)
             lines.append(f"{', '.join([flows, *registers])} = {name}({', '.join(given)})")
@@ -193,6 +204,7 @@ class Writer:
             arguments=", ".join(map(repr, arguments)),
             signature=", ".join(arguments),
             name=name,
+            stride=self.stride,
             loop_full=lines["loop"].replace("FULL", "True"),
             loop_rest=lines["loop"].replace("FULL", "False"),
             **lines,
@@ -200,44 +212,81 @@ class Writer:
         return Source(text, self.rules)
 
 
+class Boxes(Writer):
+    """A pass over boxes of rows or columns: a tile is some lines of WIDE lanes."""
+
+    stride, lanes = "1", "here + line * skip + lane"
+    apply = APPLY_BOXES
+    reduce = REDUCE_BOXES
+
+    def __init__(self, kind: "Kind", ps: "Pass"):
+        super().__init__(kind, ps)
+        self.inputs += ["line", "lane", "lines", "lanes", "skip", "advance", "down", "along"]
+
+    def where(self) -> list[str]:
+        lines = [f"{name} = tl.load(items + {len(ITEM)} * block + {i})" for i, name in enumerate(ITEM)]
+        lines += ["line, lane = tl.arange(0, TILE) // WIDE, tl.arange(0, TILE) % WIDE"]
+        lines += [f"{name} = {name}.to(tl.int32)" for name in ("lines", "lanes", "left", "skip", "down", "along")]
+        cell = f"tl.pointer_type({TYPES[self.kind.compute]})"
+        return [*lines, f"given = {self.layout.of('given')}.to({cell}) + unit * {self.layout.by_unit}"]
+
+    def extent(self, aligned: str) -> list[str]:
+        return [f"full = tl.where({aligned}, fast, 0)"]
+
+    def scalar(self, column: Column) -> str:
+        if column.table != "r":
+            return super().scalar(column)
+        at = f"tl.where(side > 0, lane, line) * {self.layout.by_unit} + {column.at}"
+        return f"tl.load(given + {at}, mask=tl.where(side > 0, lane, line) < units, other=0.0)"
+
+    def loads(self) -> list[str]:
+        here = ["here = at * advance", "ok = (line < lines - at * down) & (lane < lanes - at * along)"]
+        return here + [f"{r} = load_box(P_{r}, here, line, lane, skip, ok, FULL)" for r in self.roles]
+
+    def stored(self, role: str, value: str) -> str:
+        return f"store_box(P_{role}, here, line, lane, skip, ok, {value}, FULL)"
+
+    def inside(self, x: str) -> str:
+        return f"only({x}, ok, FULL)"
+
+
+def writer(kind: "Kind", ps: "Pass") -> Writer:
+    return (Boxes if in_units(kind, ps) else Writer)(kind, ps)
+
+
 @lru_cache(maxsize=64)
 def apply(kind: "Kind", ps: "Pass") -> Source:
     """The whole chain, and the stores."""
-    w = Writer(kind, ps)
+    w = writer(kind, ps)
     opening = w.opening()
     if kind.rounding == "stochastic" and ps.writes:
         random = {r: w.layout.of(r) for r in ("element", "index", "key")}
         opening += [*(f"{r} = {x}" for r, x in random.items()), "element += start", "clock = tl.load(step)"]
         w.inputs += [*random, "clock"]
-    body = w.links() + write(kind) * ps.writes
-    body += [stored(f"s_{n}", f"narrow(s_{n}, {TYPES[w.roles[f's_{n}']]})") for n in ps.stores]
-    return w.text(APPLY, opening=opening, body=body, loop=[w.call()], ending=[])
+    body = w.links() + write(w) * ps.writes
+    body += [w.stored(f"s_{n}", f"narrow(s_{n}, {TYPES[w.roles[f's_{n}']]})") for n in ps.stores]
+    return w.text(w.apply, opening=opening, body=body, loop=[w.call()], ending=[])
 
 
-def stored(role: str, value: str) -> str:
-    return f"store(P_{role}, at, left, {value}, FULL, TILE)"
-
-
-def write(kind: "Kind") -> list[str]:
+def write(w: Writer) -> list[str]:
     """The stores of the parameter, as its rounding says."""
-    low = TYPES[kind.dtype]
-    if kind.rounding == "stochastic":
-        bits = "philox(element + at + tl.arange(0, TILE), clock, index, key)"
-        return [stored("p", f"stochastic(p, {bits}, {low})")]
-    if kind.rounding == "kahan":  # one that did not move keeps its bits, also on a tie
+    low = TYPES[w.kind.dtype]
+    if w.kind.rounding == "stochastic":
+        return [w.stored("p", f"stochastic(p, philox(element + {w.lanes}, clock, index, key), {low})")]
+    if w.kind.rounding == "kahan":  # one that did not move keeps its bits, also on a tie
         return [
             f"near = widen(narrow(p, {low}))",
             "moved = p != p_before",
-            stored("p", f"narrow(tl.where(moved, near, stored), {low})"),
-            stored("rest", f"narrow(tl.where(moved, p - near, rest), {low})"),
+            w.stored("p", f"narrow(tl.where(moved, near, stored), {low})"),
+            w.stored("rest", f"narrow(tl.where(moved, p - near, rest), {low})"),
         ]
-    return [stored("p", f"narrow(p, {low})")]
+    return [w.stored("p", f"narrow(p, {low})")]
 
 
 @lru_cache(maxsize=64)
 def measure(kind: "Kind", ps: "Pass") -> Source:
     """The measure of a pass; the last block of what it is over runs its `finish` and gives the results."""
-    w, link = Writer(kind, ps), ps.measure.link
+    w, link = writer(kind, ps), ps.measure.link
     finish = w.function(f"finish_{link.finish.__name__}", link.end)
     if link.scope == "all":
         cells = [f"number(step + {w.layout.cells[ps.end] + i})" for i in range(len(link.scalars))]
@@ -245,6 +294,8 @@ def measure(kind: "Kind", ps: "Pass") -> Source:
         cells = [f"{w.layout.scalar(c)}.to(tl.float64)" for c in kind.program.scalars.of[ps.end]]
     given = [f"v{i}" for i in range(len(link.gives))]
     totals = [f"x{j}" for j in range(len(link.reduce))]
+    if link.scope in AXES:
+        return units(w, finish)
     columns = kind.program.memory
     at = [f"t * {len(columns)} + {columns.index(n)}" if link.scope == "tensor" else i for i, n in enumerate(ps.memory)]
     places = [f"memory + {x}" for x in at]
@@ -258,23 +309,17 @@ def measure(kind: "Kind", ps: "Pass") -> Source:
 @lru_cache(maxsize=64)
 def totals(kind: "Kind", ps: "Pass") -> Source:
     """The totals of each tensor or row, for a `finish` on the host's side: over shards, or beside other backends."""
-    given = [f"x{j}" for j in range(len(ps.measure.link.reduce))]
-    return reduction(Writer(kind, ps), [], given, "tl.float64")
+    if ps.measure.link.scope in AXES:
+        return units(writer(kind, ps), "")
+    return reduction(writer(kind, ps), [], [f"x{j}" for j in range(len(ps.measure.link.reduce))], "tl.float64")
 
 
 def reduction(w: Writer, last: list[str], given: list[str], cell: str, over_all: bool = False) -> Source:
     """Partial results of each block in fixed order, float32 in a block's lanes and float64 from there on."""
     link = w.ps.measure.link
     how, count = list(link.reduce.values()), len(link.reduce)
-    values = ", ".join(f"x{j}" for j in range(count))
-    body = w.links()
-    body.append(f"{values} = {w.function(f'map_{link.name}', link)}({', '.join(['u', *link.sees])})")
-    body.append(f"return {', '.join(f'inside(x{j}, at, left, FULL, TILE)' for j in range(count))}")
-    add = [f"a{j} = maximum(a{j}, x{j})" if x == "max" else f"a{j} = a{j} + x{j}" for j, x in enumerate(how)]
     # the group that finishes together, how many there are, and how many cells take its results
     k, groups, outputs = ("0", "1", "O") if over_all else ("t", "O", "1")
-    if w.each_row:
-        k = f"({w.layout.of('line')} + line)"
     ending = [f"here = partials + (base + block) * {count}"]
     ending += [f"tl.store(here + {j}, {'peak' if x == 'max' else 'total'}(a{j}))" for j, x in enumerate(how)]
     ending += [f"first, end = tl.load(joint + {k}), tl.load(joint + {groups} + {k})"]
@@ -287,10 +332,49 @@ def reduction(w: Writer, last: list[str], given: list[str], cell: str, over_all:
     inner += [f"give(joint + 3 * {groups} + {i} * O + {k}, {outputs}, {x}, {cell}, TILE)" for i, x in enumerate(given)]
     inner.append(f"tl.store(counters + {k}, 0)")
     ending += [f"if is_last(counters + {k}, end - first):", *(f"    {line}" for line in inner)]
+    return reducing(w, w.reduce, ending)
+
+
+def reducing(w: Writer, arguments: tuple[str, ...], ending: list[str]) -> Source:
+    """A kernel that maps, adds up in lanes a0, a1, ..., and then does what `ending` says."""
+    link = w.ps.measure.link
+    names = [f"x{j}" for j in range(len(link.reduce))]
+    values, body = ", ".join(names), w.links()
+    body.append(f"{values} = {w.function(f'map_{link.name}', link)}({', '.join(['u', *link.sees])})")
+    body.append(f"return {', '.join(map(w.inside, names))}")
+    how = enumerate(link.reduce.values())
+    add = [f"a{j} = maximum(a{j}, x{j})" if x == "max" else f"a{j} = a{j} + x{j}" for j, x in how]
+    zeros = [f"a{j} = tl.zeros([TILE], tl.float32)" for j in range(len(names))]
     return w.text(
-        REDUCE,
-        opening=w.opening() + [f"a{j} = tl.zeros([TILE], tl.float32)" for j in range(count)],
-        body=body,
-        loop=[f"{values} = {w.call()}", *add],
-        ending=ending,
+        arguments, opening=w.opening() + zeros, body=body, loop=[f"{values} = {w.call()}", *add], ending=ending
     )
+
+
+def units(w: Writer, finish: str) -> Source:
+    """The measure of each row or column: the last block of a panel of them finishes; without `finish` their totals."""
+    link, count, cell = w.ps.measure.link, len(w.ps.measure.link.reduce), TYPES[w.kind.compute]
+    ending, inner = [f"here = partials + place * {count}"], ["j = tl.arange(0, WIDE)", "mine = j < units"]
+    for i, how in enumerate(link.reduce.values()):
+        ending.append(f"{'peaks' if how == 'max' else 'totals'}(a{i}, here + {i}, {count}, side, units, TILE, WIDE)")
+        fold = "most_of_units" if how == "max" else "sum_of_units"
+        mean = " / many" if how == "mean" and finish else ""
+        inner.append(f"x{i} = {fold}(partials + first * {count} + {i}, units, chunks, {count}, WIDE){mean}")
+    if finish:
+        cells = []
+        for n, c in enumerate(w.kind.program.scalars.of[w.ps.end]):
+            beside = f"tl.load(given + j * {w.layout.by_unit} + {c.at}, mask=mine, other=0.0).to(tl.float64)"
+            even = f"tl.full([WIDE], {w.layout.scalar(c)}.to(tl.float64), tl.float64)" if c.table != "r" else ""
+            cells.append(f"c{n}")
+            inner.append(f"c{n} = {even or beside}")
+        names = [f"v{i}" for i in range(len(link.gives))]
+        taken = ", ".join([*(f"x{i}" for i in range(count)), *cells])
+        inner.append(f"{', '.join(names)} = {finish}({taken})")
+        for name, x in zip(link.gives, names, strict=True):
+            column = w.kind.program.scalars.by_unit.index((w.ps.measure.chain, name))
+            inner.append(f"tl.store(given + j * {w.layout.by_unit} + {column}, {x}.to({cell}), mask=mine)")
+    else:
+        number = f"({w.layout.of('number')} + unit + j)"
+        inner += [f"tl.store(out + {number} * {count} + {i}, x{i}, mask=mine)" for i in range(count)]
+    inner.append("tl.store(counters + panel, 0)")
+    ending += ["if is_last(counters + panel, chunks):", *(f"    {line}" for line in inner)]
+    return reducing(w, REDUCE_UNITS, ending)

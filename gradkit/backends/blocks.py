@@ -1,8 +1,12 @@
 """How tensors are cut into blocks, which threads or a GPU's multiprocessors take."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from ..plan import Units
 
 
 def blocks_of(sizes: Sequence[int] | np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
@@ -15,3 +19,22 @@ def blocks_of(sizes: Sequence[int] | np.ndarray, chunk: int) -> tuple[np.ndarray
 def steps(counts: np.ndarray) -> np.ndarray:
     """0, 1, ... for each count, one after the other."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+STRIP = 512  # elements side by side in a box that takes the same units from many lines
+
+
+def box_of(units: "Units", size: int) -> tuple[int, int, int]:
+    """The shape (outer, units, inner) of boxes of about `size` elements, into which a tensor's units are cut."""
+    inner = max(1, min(units.inner, size))
+    wide = max(1, size // inner if units.outer == 1 else min(size, STRIP) // inner)
+    count = max(1, min(units.number, wide))
+    return max(1, min(units.outer, size // (count * inner))), count, inner
+
+
+def corners(units: "Units", box: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
+    """Where its boxes begin: those of the same units one after the other."""
+    o, u, i = box
+    for unit in range(0, units.number, u):
+        for outer in range(0, units.outer, o):
+            yield from ((outer, unit, inner) for inner in range(0, units.inner, i))

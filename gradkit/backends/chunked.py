@@ -18,4 +18,4 @@ class Chunked(Eager):
     def parts(self, ps: "Pass", t: int) -> Iterator[Part]:
         size = CACHED if self.batch.device.type == "cpu" else LAUNCHED
         for part in super().parts(ps, t):
-            yield from part.slices(size)
+            yield from part.pieces(size, self.batch.units[t], self.batch.rounding == "stochastic")

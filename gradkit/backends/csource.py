@@ -2,13 +2,13 @@
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import random
 from ..language import Code
-from ..transform import Measure, Stage
+from ..transform import AXES, Measure, Stage
 
 if TYPE_CHECKING:
     from ..plan import Kind, Pass
@@ -22,28 +22,45 @@ STORAGE = {
 }
 # what `run` is given, one int64 each, in this order
 JOB = tuple(
-    "pointers blocks first last size row H columns M measured R rows out place tensors threads random clock".split()
+    "pointers blocks first last size row H columns M measured R units out place tensors threads random clock".split()
 )
 BLOCK = 1 << 16
 
 RUN = """
 void run(const int64_t *job) {{
   const int64_t *pointers = (void *)job[{pointers}], *size = (void *)job[{size}], *random = (void *)job[{random}];
-  const int32_t *blocks = (void *)job[{blocks}], *row = (void *)job[{row}];
+  const int64_t *units = (void *)job[{units}], *place = (void *)job[{place}], *blocks = (void *)job[{blocks}];
+  const int32_t *row = (void *)job[{row}];
   const T *H = (void *)job[{H}], *M = (void *)job[{M}], *R = (void *)job[{R}];
-  const int64_t *rows = (void *)job[{rows}], *place = (void *)job[{place}];
   double *out = (void *)job[{out}];
   const long tensors = job[{tensors}], columns = job[{columns}], measured = job[{measured}];
   const int threads = job[{threads}];
   #pragma omp parallel for schedule(static) num_threads(threads) if(threads > 1)
   for (long b = job[{first}]; b < job[{last}]; b++) {{
-    const long t = blocks[2 * b], start = (long)blocks[2 * b + 1] * {BLOCK}, left = size[t] - start;
-    span({arguments}, H + row[t] * columns, M + t * measured, R + rows[2 * t] * {by_row}, rows[2 * t + 1], start,
-         out + place[b] * {results}, random[3 * t] + start, job[{clock}], random[3 * t + 1], random[3 * t + 2],
-         left < {BLOCK} ? left : {BLOCK});
+    {block}
   }}
 }}
 """
+SPAN = """span({arguments}, H + row[t] * columns, M + t * measured, {given}, out + {into},
+      random[3 * t] + start, job[{clock}], random[3 * t + 1], random[3 * t + 2], {step}, {n});"""
+# BLOCK consecutive elements of a tensor
+CHUNK = """const long t = blocks[2 * b], start = blocks[2 * b + 1] * {BLOCK}, left = size[t] - start;
+    {span}"""
+# a box of a tensor's units, each `inner` consecutive elements in each of `outer` places
+BOX = """const int64_t *at = blocks + 4 * b, *of = units + 7 * at[0];
+    const long t = at[0], count = of[2], inner = of[3];
+    const long o_end = at[1] + of[4] < of[1] ? at[1] + of[4] : of[1];
+    const long u_end = at[2] + of[5] < count ? at[2] + of[5] : count;
+    const long i_end = at[3] + of[6] < inner ? at[3] + of[6] : inner;
+    for (long o = at[1]; o < o_end; o++) {{
+      if (inner == 1) {{
+        const long u = at[2], start = o * count + u;
+        {side_by_side}
+      }} else for (long u = at[2]; u < u_end; u++) {{
+        const long start = (o * count + u) * inner + at[3];
+        {one_by_one}
+      }}
+    }}"""
 
 
 def helpers(codes: list[Code], done: set[str]) -> list[str]:
@@ -114,57 +131,78 @@ def source(kind: "Kind", ps: "Pass") -> str:
     codes = [x.link.code for _, x in ps.rules] + ([ps.measure.link.code] if ps.measure else [])
     used = sorted({c for i, _ in ps.rules for c in kind.program.scalars.of[i]})
     lets = [f"const T {c.register} = {c.table.upper()}[{c.at}];" for c in used if c.table != "r"]
-    by_row = len(kind.program.scalars.by_row)
-    of_rows = [f"const T {c.register} = R[row * {by_row} + {c.at}];" for c in used if c.table == "r"]
-    each_row = ps.measure is not None and ps.measure.link.scope == "row"
+    given = len(kind.program.scalars.by_unit)
+    body = [f"const T {c.register} = R[i * step * {given} + {c.at}];" for c in used if c.table == "r"] + body
+    results, each_unit = (len(ps.measure.link.reduce), ps.measure.link.scope in AXES) if ps.measure else (0, False)
     if ps.measure:
-        results = len(ps.measure.link.reduce)
-        of_rows += [f"out = outs + (row - start / length) * {results};"] * each_row
         loop = reduction(ps.measure.link, body)
     else:
         stores = [f"P_s_{n}[i] = store_{STORAGE[dtypes[n]][1]}(s_{n});" for n in ps.stores]
         lines = "\n    ".join(body + write(kind) * ps.writes + stores)
-        loop, results = f"for (long i = from; i < to; i++) {{\n    {lines}\n  }}", 0
-    if of_rows:
-        head = "for (long from = 0, to; from < n; from = to) {"
-        ends = "const long row = (start + from) / length, end = (row + 1) * length - start;"
-        loop = "\n  ".join([head, ends, "to = end < n ? end : n;", *of_rows, loop, "}"])
-    else:
-        loop = f"const long from = 0, to = n;\n  {loop}"
+        loop = f"for (long i = 0; i < n; i++) {{\n    {lines}\n  }}"
     written = {*(f"s_{n}" for n in ps.stores), *(["p", "rest"] * ps.writes)}
     names = [("const " if r not in written else "") + f"{STORAGE[d][0]} *restrict P_{r}" for r, d in roles.items()]
     arguments = [f"({STORAGE[d][0]} *)pointers[{j} * tensors + t] + start" for j, d in enumerate(roles.values())]
-    signature = ", ".join([*names, "const T *H", "const T *M", "const T *R", "long length", "long start"])
-    signature += ", double *outs, uint64_t element"
+    signature = ", ".join([*names, "const T *H", "const T *M", "const T *R", "double *out", "uint64_t element"])
     places = {name: i for i, name in enumerate(JOB)}
+
+    def span(**how: Any) -> str:
+        return SPAN.format(arguments=", ".join(arguments), **how, **places)
+
+    if in_units(kind, ps):
+        r, into = f"R + (of[0] + u) * {given}", f"(place[b] + (u - at[2]) * {int(each_unit)}) * {results}"
+        one, many = (
+            {"given": r, "into": into, "step": step, "n": n} for step, n in ((0, "i_end - at[3]"), (1, "u_end - u"))
+        )
+        block = BOX.format(side_by_side=span(**many), one_by_one=span(**one))
+    else:
+        ends = {"given": "R", "into": f"place[b] * {results}", "step": 0, "n": f"left < {BLOCK} ? left : {BLOCK}"}
+        block = CHUNK.format(BLOCK=BLOCK, span=span(**ends))
+    inlined = "static inline __attribute__((always_inline)) void span"  # `step` is known where it is called
     return "\n".join(
         [
             f"typedef {STORAGE[kind.compute][0]} T;",
             PRELUDE,
             *helpers([c for code in codes for c in code.calls], set()),
-            f"static void span({signature}, int64_t clock, int64_t index, int64_t seed, long n) {{",
-            "  " + "\n  ".join([*lets, "double *out = outs;", loop]) + "\n}",
-            RUN.format(arguments=", ".join(arguments), results=results, by_row=by_row, BLOCK=BLOCK, **places),
+            f"{inlined}({signature}, int64_t clock, int64_t index, int64_t seed, const long step, long n) {{",
+            "  " + "\n  ".join([*lets, loop]) + "\n}",
+            RUN.format(block=block, **places),
         ]
     )
 
 
+def in_units(kind: "Kind", ps: "Pass") -> bool:
+    """Whether a pass is cut into boxes of rows or columns."""
+    used = (c.table for i, _ in ps.rules for c in kind.program.scalars.of[i])
+    return "r" in used or (ps.measure is not None and ps.measure.link.scope in AXES)
+
+
 def reduction(measure: Measure, body: list[str]) -> str:
-    """64 accumulators, combined in index order: vectorises without reassociation, and is the same on any machine."""
-    values = [f"x{j}" for j in range(len(measure.reduce))]
+    """64 accumulators, combined in index order: vectorises without reassociation, and is the same on any machine.
+
+    Short spans need none, and units that lie side by side, `step` apart, have one each, in `out`.
+    """
+    values, each_unit = [f"x{j}" for j in range(len(measure.reduce))], measure.scope in AXES
     mapped = inline(measure.name, measure.code, ["u", *measure.sees], values)
-    adds, ends = [], []
+
+    def fold(j: int, how: str, a: str) -> str:
+        return f"{a} += x{j};" if how != "max" else f"{a} = (x{j} > {a} || x{j} != x{j}) ? x{j} : {a};"
+
+    ends, beside = [], []
     for j, how in enumerate(measure.reduce.values()):
-        add = f"a{j}[k] += x{j};" if how != "max" else f"a{j}[k] = (x{j} > a{j}[k] || x{j} != x{j}) ? x{j} : a{j}[k];"
         end = f"o += a{j}[k];" if how != "max" else f"o = (a{j}[k] > o || a{j}[k] != a{j}[k]) ? a{j}[k] : o;"
-        adds.append(add)
         ends.append(f"{{ double o = out[{j}]; for (int k = 0; k < 64; k++) {end} out[{j}] = o; }}")
-    element = "\n      ".join([*body, f"T {', '.join(values)};", mapped, *adds])
+        beside.append(fold(j, how, f"out[{f'i * step * {len(values)} + ' * each_unit}{j}]"))
+    element = "\n      ".join([*body, f"T {', '.join(values)};", mapped])
+    adds = "\n      ".join(fold(j, how, f"a{j}[k]") for j, how in enumerate(measure.reduce.values()))
     lines = [
+        f"if ({'step || ' * each_unit}n < 64) {{ for (long i = 0; i < n; i++) {{",
+        f"    {element}\n      {' '.join(beside)}\n  }} return; }}",
         *(f"T a{j}[64] = {{0}};" for j in range(len(values))),
-        "long q = from;",
-        f"for (; q + 64 <= to; q += 64) for (int k = 0; k < 64; k++) {{ const long i = q + k;\n      {element}\n  }}",
-        f"for (int k = 0; q < to; q++, k++) {{ const long i = q;\n      {element}\n  }}",
+        "long q = 0;",
+        "for (; q + 64 <= n; q += 64) for (int k = 0; k < 64; k++) { const long i = q + k;",
+        f"    {element}\n      {adds}\n  }}",
+        f"for (int k = 0; q < n; q++, k++) {{ const long i = q;\n      {element}\n      {adds}\n  }}",
         *ends,
     ]
     return "\n  ".join(lines)

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import random
-from ..transform import Stage
+from ..transform import AXES, Stage
+from .blocks import box_of, corners
 
 if TYPE_CHECKING:
-    from ..plan import Batch, Pass
+    from ..plan import Batch, Pass, Units
     from ..scalars import Column
 
 WRITE_STREAM = random.stream("write")
@@ -27,42 +28,43 @@ class Part:
     residual: Tensor | None  # Kahan: what the parameter's dtype could not hold
     row: Tensor  # the host's scalars, [columns]
     measured: Tensor  # what measures gave, [columns]
-    rows: slice  # which ones, among those of the whole batch
+    units: slice  # its rows or columns, among those of the whole batch
+    axis: int | None  # along which they lie here; None: it is part of one
     index: int | Tensor  # where its first element, or each, stands in the full tensor
 
-    def slices(self, size: int) -> Iterator["Part"]:
-        """The same in pieces of consecutive memory: matrices of whole rows, or of a part of one, where rows matter."""
-        numel, count = self.p.numel(), self.rows.stop - self.rows.start
-        as_rows = count > 0 and self.p.dim() > 1
-        length = max(1, numel // count) if as_rows else 1
-        for start, n in pieces(numel, length, size):
-            row = self.rows.start + start // length
-            rows = slice(row, row + -(-n // length)) if as_rows else self.rows
-            shape = (rows.stop - rows.start, -1) if as_rows else (-1,)
+    def pieces(self, size: int, units: "Units", lies: bool) -> Iterator["Part"]:
+        """The same in pieces of memory: consecutive, or where units matter boxes [outer, units, inner].
 
-            def piece(t: Tensor) -> Tensor:
-                return t.as_strided((n,), (1,), t.storage_offset() + start).view(shape)  # noqa: B023  # used at once
+        lies: each element's index is asked for.
+        """
+        if self.axis is None:
+            units = units._replace(outer=1, number=1, inner=self.p.numel())
+        box = box_of(units, size)
+        steps = units.number * units.inner, units.inner, 1
+        for corner in corners(units, box):
+            shape = [min(b, n - c) for b, n, c in zip(box, units, corner, strict=True)]
+            start = sum(c * step for c, step in zip(corner, steps, strict=True))
 
+            def piece(t: Tensor, shape: Any = shape, start: int = start) -> Tensor:
+                return t.as_strided(shape, steps, t.storage_offset() + start)
+
+            first = self.units.start + corner[1]
+            mine, axis = (slice(first, first + shape[1]), 1) if self.axis is not None else (self.units, None)
+            index = self.index + start
+            if lies and self.axis is not None:
+                ranges = (torch.arange(n, device=self.p.device) * step for n, step in zip(shape, steps, strict=True))
+                index = index + sum(torch.meshgrid(*ranges, indexing="ij"))
             slots = {name: piece(t) for name, t in self.slots.items()}
             rest = None if self.residual is None else piece(self.residual)
-            yield Part(piece(self.p), piece(self.g), slots, rest, self.row, self.measured, rows, self.index + start)
+            yield Part(piece(self.p), piece(self.g), slots, rest, self.row, self.measured, mine, axis, index)
 
 
-def pieces(numel: int, length: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where pieces of about `size` elements start, and their lengths: whole rows, or within one that is longer."""
-    if length <= size:
-        step = size // length * length
-        yield from ((start, min(step, numel - start)) for start in range(0, numel, step))
-    else:
-        for row in range(0, numel, length):
-            yield from ((row + start, min(size, length - start)) for start in range(0, length, size))
-
-
-def folded(x: Tensor, how: str, by_row: bool) -> Tensor:
-    """The reduction of all elements, or of each row, in float64."""
+def folded(x: Tensor, how: str, axis: int | None) -> Tensor:
+    """The reduction of all elements, or of all but an axis, in float64."""
     x = x.double()
-    if by_row and x.dim() > 1:
-        return x.flatten(1).amax(1) if how == "max" else x.flatten(1).sum(1)
+    if axis is not None:
+        x = x.movedim(axis, 0).flatten(1)
+        return x.amax(1) if how == "max" else x.sum(1)
     if how == "max":
         return x.max()[None]
     # by pieces that torch gives to one thread: the same sum for any number of them
@@ -83,8 +85,9 @@ class Eager:
         b = self.batch
         kept = b.slots["compensation"][t] if b.rounding == "kahan" else None
         slots = {n: b.entry(n, t) for n in ps.slots}
-        rows = slice(b.first_row[t], b.first_row[t + 1])
-        yield Part(b.params[t], b.grads[t], slots, kept, self.table[b.row[t]], b.measured[t], rows, b.logical[t])
+        units, axis = slice(b.first_unit[t], b.first_unit[t + 1]), b.program.axis if b.params[t].dim() > 1 else None
+        row, measured = self.table[b.row[t]], b.measured[t]
+        yield Part(b.params[t], b.grads[t], slots, kept, row, measured, units, axis, b.logical[t])
 
     def walk(self, ps: "Pass", part: Part, note: Callable[[str, Tensor], None] | None = None) -> dict[str, Tensor]:
         """Run the rules of a pass on one part -> u, p, g and the new slots, in the arithmetic type."""
@@ -108,25 +111,25 @@ class Eager:
         return seen
 
     def scalar(self, part: Part, column: "Column") -> Tensor:
-        """One of the host's table or of a measure; of rows a column beside the part."""
+        """One of the host's table or of a measure; of units as many as lie along the part's axis."""
         if column.table != "r":
             return (part.measured if column.table == "m" else part.row)[column.at]
-        given = self.batch.by_row[part.rows, column.at]
-        return given.view(-1, *[1] * (part.p.dim() - 1)) if part.p.dim() > 1 else given[0]
+        given = self.batch.by_unit[part.units, column.at]
+        return given[0] if part.axis is None else given.view([-1 if d == part.axis else 1 for d in range(part.p.dim())])
 
     def reduce(self, ps: "Pass") -> Tensor:
-        """The totals of the pass's measure, float64 [tensors or rows, reductions]."""
+        """The totals of the pass's measure, float64 [tensors or units, reductions]."""
         b, link = self.batch, ps.measure.link
-        by_row = link.scope == "row"
-        count = len(b.by_row) if by_row else len(b.params)
+        by_unit = link.scope in AXES
+        count = len(b.by_unit) if by_unit else len(b.params)
         totals = torch.zeros(count, len(link.reduce), dtype=torch.float64, device=b.device)
         for t in range(len(b.params)):
             for part in self.parts(ps, t):
-                at = part.rows if by_row else slice(t, t + 1)
+                at, axis = (part.units, part.axis) if by_unit else (slice(t, t + 1), None)
                 values = link.map(**self.walk(ps, part))
                 for j, (how, x) in enumerate(zip(link.reduce.values(), values, strict=True)):
                     if x.numel():
-                        new, old = folded(x, how, by_row), totals[at, j]
+                        new, old = folded(x, how, axis), totals[at, j]
                         totals[at, j] = torch.maximum(old, new) if how == "max" else old + new
         return totals
 

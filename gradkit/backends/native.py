@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..transform import AXES
 from . import ccache
-from .blocks import blocks_of, steps
-from .csource import BLOCK, JOB, source
+from .blocks import blocks_of, box_of, corners, steps
+from .csource import BLOCK, JOB, in_units, source
 
 if TYPE_CHECKING:
     from ..plan import Batch, Pass
@@ -51,16 +52,17 @@ class Native:
         """Nothing to send: the loop reads the batch's own table."""
 
     def reduce(self, ps: "Pass") -> Tensor:
-        """The totals of the pass's measure, float64 [tensors or rows, reductions]."""
+        """The totals of the pass's measure, float64 [tensors or units, reductions]."""
         compiled = self.passes[ps.end]
         compiled.out.fill(0.0)
         compiled.run()
         measure = ps.measure.link
         totals = np.zeros((compiled.count, len(measure.reduce)))
         if len(compiled.starts):
+            out = compiled.out[compiled.order]
             for j, how in enumerate(measure.reduce.values()):
                 fold = np.maximum if how == "max" else np.add
-                totals[compiled.filled, j] = fold.reduceat(compiled.out[:, j], compiled.starts)
+                totals[compiled.filled, j] = fold.reduceat(out[:, j], compiled.starts)
         return torch.from_numpy(totals)
 
     def apply(self, ps: "Pass") -> None:
@@ -78,18 +80,23 @@ class Compiled:
         b = batch
         self.size = np.array([p.numel() for p in b.params], np.int64)
         self.threads = max(1, int(self.size.sum()) // BLOCK)  # fewer elements are done before a thread has woken
-        self.blocks, _ = blocks_of(b.sizes, BLOCK)
-        self.rows = np.array([b.first_row[:-1], b.row_lengths], np.int64).T.copy()
-        tensor, number = self.blocks.astype(np.int64).T
-        if ps.measure and ps.measure.link.scope == "row":  # a block gives a result for each row that it has a part of
-            first, length = self.rows[tensor].T
-            begin, end = number * BLOCK, np.minimum((number + 1) * BLOCK, self.size[tensor])
-            parts = (end - 1) // length - begin // length + 1
-            self.count, of = len(b.by_row), np.repeat(first + begin // length, parts) + steps(parts)
+        units, first = b.units, b.first_unit[:-1]
+        self.count = len(b.params)
+        if in_units(b.kind, ps):
+            boxes = [box_of(x, BLOCK) for x in units]
+            self.units = np.array([(f, *x, *box) for f, x, box in zip(first, units, boxes, strict=True)], np.int64)
+            at = [(t, *c) for t, (x, box) in enumerate(zip(units, boxes, strict=True)) for c in corners(x, box)]
+            self.blocks = np.array(at, np.int64).reshape(-1, 4)
         else:
-            self.count, of, parts = len(b.params), tensor, np.ones_like(tensor)
+            self.units, self.blocks = np.zeros(0, np.int64), blocks_of(b.sizes, BLOCK)[0].astype(np.int64)
+        of, parts = self.blocks[:, 0], np.ones(len(self.blocks), np.int64)
+        if ps.measure and ps.measure.link.scope in AXES:  # a box gives a result for each of its units
+            tensor, unit = self.blocks[:, 0], self.blocks[:, 2]
+            parts = np.minimum(self.units[tensor, 2] - unit, self.units[tensor, 5])
+            self.count, of = len(b.by_unit), np.repeat(self.units[tensor, 0] + unit, parts) + steps(parts)
         self.place = np.cumsum(parts) - parts
-        self.filled, self.starts = np.unique(of, return_index=True)
+        self.order = np.argsort(of, kind="stable")
+        self.filled, self.starts = np.unique(of[self.order], return_index=True)
         columns = [b.slots[n] for n in ps.slots]
         columns += [b.slots["compensation"]] if b.rounding == "kahan" and ps.reads_p else []
         rows = [[t.data_ptr() for t in ts] for ts in (b.params, b.params, *columns)]
@@ -101,11 +108,11 @@ class Compiled:
             self.random[:] = list(zip(b.logical, b.index, [b.groups[g]["seed"] for g in b.group], strict=True))
         self.out = np.zeros((len(of), len(ps.measure.link.reduce) if ps.measure else 0))
         self.job = np.zeros(len(JOB), np.int64)
-        for name in ("pointers", "blocks", "size", "random", "out", "rows", "place"):
+        for name in ("pointers", "blocks", "size", "random", "out", "units", "place"):
             self.job[PLACE[name]] = getattr(self, name).ctypes.data
         self.job[PLACE["tensors"]], self.job[PLACE["last"]] = len(b.params), len(self.blocks)
         self.job[PLACE["M"]], self.job[PLACE["measured"]] = b.measured.data_ptr(), b.measured.shape[1]
-        self.job[PLACE["R"]] = b.by_row.data_ptr()
+        self.job[PLACE["R"]] = b.by_unit.data_ptr()
         self.address = self.job.ctypes.data
 
     def run(self) -> None:

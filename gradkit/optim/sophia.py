@@ -180,7 +180,10 @@ class Sophia(Optimizer):
 
     def applied(self) -> None:
         first = self.param_groups[0]
-        if self._clock() == first.get("hessian_stale_at"):  # so once
+        stale = self._clock() == first.get("hessian_stale_at")  # so once
+        if not stale and self._clock() == 2.0 * float(first["hessian_every"]):  # were all left out, as not finite?
+            stale = not any(sharding.local(s["hessian"]).any() for s in self.state.values() if "hessian" in s)
+        if stale:
             log.warning(
                 "%s: no update_hessian() in the last %d steps: h is old, or 0, which makes it sign descent; "
                 "call it when optimizer.hessian_due",

@@ -3,7 +3,7 @@
 import math
 
 from ..chain import Chain, chain
-from ..ops import isfinite, minimum, sqrt, where
+from ..ops import absolute, isfinite, minimum, sqrt, where
 from ..options import FRACTION, LIMIT, Range, check_choice
 from ..transform import derive, measure
 from .clip import scale
@@ -12,8 +12,11 @@ MODES = ("zscore", "percentile")
 TARGETS = ("adaptive_scaling", "mean")
 
 
-def z_coef(total, count, mean, var, z_thresh, w, limit, warmup_steps, by_score, to_mean, clip_factor, learns):
-    """Population statistics of the first norms, then running ones; what isn't finite is neither cut nor counted."""
+def z_coef(total, largest, count, mean, var, z_thresh, w, limit, warmup_steps, by_score, to_mean, clip_factor, learns):
+    """Population statistics of the first norms, then running ones; what isn't finite is neither cut nor counted.
+
+    A norm that is infinite though every entry is finite, since squares overflow, is beyond any limit.
+    """
     norm = sqrt(total)
     std = sqrt(var)
     score = (norm - mean) / (std + 1e-6)
@@ -22,7 +25,8 @@ def z_coef(total, count, mean, var, z_thresh, w, limit, warmup_steps, by_score, 
     adapted = where(to_mean > 0.5, mean, (mean + z_thresh * std / (score / z_thresh)) * clip_factor)
     seen = where(spike, where(by_score > 0.5, adapted, bound), norm)
     target = minimum(seen, limit)
-    coef = where(isfinite(norm) & (norm > target), target / (norm + 1e-6), 1.0)
+    cut = where(norm > target, target / (norm + 1e-6), 1.0)
+    coef = where(isfinite(norm), cut, where(isfinite(largest), 0.0, 1.0))
 
     first = count < warmup_steps
     share = where(first, 1.0 / (count + 1.0), w)
@@ -34,9 +38,12 @@ def z_coef(total, count, mean, var, z_thresh, w, limit, warmup_steps, by_score, 
     return coef, where(counted & first, count + 1.0, count), mean, var
 
 
-@measure(scope="all", reduce={"total": "sum"}, state=("count", "mean", "var"), gives=("coef",), finish=z_coef)
+SEEN = {"total": "sum", "largest": "max"}
+
+
+@measure(scope="all", reduce=SEEN, state=("count", "mean", "var"), gives=("coef",), finish=z_coef)
 def energy(u):
-    return u * u
+    return u * u, absolute(u)
 
 
 @derive()
@@ -77,7 +84,7 @@ def zclip(
     clip_factor: of "adaptive_scaling": factor of n*.
     skip_update_on_spike: spikes don't count for the statistics; else n* does.
 
-    A norm that is not finite is left as it is and is not counted.
+    A gradient that is not finite is left as it is and is not counted.
     """
     check_choice("zclip", "mode", mode, MODES)
     check_choice("zclip", "clip_option", clip_option, TARGETS)

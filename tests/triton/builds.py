@@ -17,11 +17,11 @@ from gradkit.triton_kernels.launch import SHAPES, options
 from gradkit.triton_kernels.load import kernel
 
 TYPES = {
-    **dict.fromkeys(("step", "fixed", "joint"), "*i64"),
+    **dict.fromkeys(("step", "fixed", "joint", "items"), "*i64"),
     **dict.fromkeys(("blocks", "counters"), "*i32"),
-    **{"measured": "*fp32", "partials": "*fp64", "memory": "*fp64"},
+    **{"measured": "*fp32", "partials": "*fp64", "memory": "*fp64", "out": "*fp64"},
     **dict.fromkeys(("T", "O", "base"), "i32"),
-    **dict.fromkeys(("CHUNK", "TILE"), "constexpr"),
+    **dict.fromkeys(("CHUNK", "TILE", "WIDE"), "constexpr"),
 }
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -55,7 +55,7 @@ def build(kind: Any, ps: Any, write: Any, arch: str) -> Build:
     run, cut = kernel(made.text, **made.rules), SHAPES[target.backend]
     assert isinstance(run, triton.JITFunction), "the interpreter's form can't be compiled"
     given = options(cut.reduce if ps.measure else cut.apply, cut)
-    constants = {n: given.pop(n) for n in ("CHUNK", "TILE")}
+    constants = {n: given.pop(n) for n in ("CHUNK", "TILE", "WIDE")}
     signature = {p.name: TYPES[p.name] for p in run.params}
     return Build(write.__name__, ASTSource(run, signature=signature, constexprs=constants), target, given)
 

@@ -14,7 +14,7 @@ import triton
 from triton_cases import ROUNDED, finish_kernel, philox_kernel, rounding_kernel, widening_kernel
 
 import gradkit
-from gradkit import chain, measure, random, rule
+from gradkit import backends, chain, measure, random, rule
 from gradkit import transforms as tx
 from gradkit.language import Code
 from gradkit.ops import absolute, exp, log, minimum, sigmoid, sqrt, tanh, where
@@ -256,18 +256,24 @@ def test_a_chain_beside_the_steps_changes_slots_alone(rounding):
     assert not optimizer.state[params[1]]["seen"].any()
 
 
+@pytest.mark.parametrize("scope", test_rows.BOTH)
 @pytest.mark.parametrize("kind", [*test_rows.KINDS, *test_rows.LONG])
-def test_rows_are_the_slices_of_the_first_dimension(kind):
-    test_rows.test_rows_are_the_slices_of_the_first_dimension(kind, torch.float32, "triton")
+def test_rows_and_columns_are_slices_of_a_dimension(kind, scope):
+    if kind == "long columns":
+        pytest.skip("thousands of blocks, which the interpreter takes one by one")
+    test_rows.test_rows_and_columns_are_slices_of_a_dimension(kind, torch.float32, scope, "triton")
 
 
-def test_tensors_of_a_batch_keep_their_rows_apart():
-    test_rows.test_tensors_of_a_batch_keep_their_rows_apart("triton")
+@pytest.mark.parametrize("scope", test_rows.BOTH)
+def test_tensors_of_a_batch_keep_their_rows_apart(scope, monkeypatch):
+    monkeypatch.setattr(test_rows, "LONG", ("many columns", "transposed convolution"))
+    test_rows.test_tensors_of_a_batch_keep_their_rows_apart(scope, "triton")
 
 
+@pytest.mark.parametrize("scope", test_rows.BOTH)
 @pytest.mark.parametrize("rounding", ["nearest", "kahan", "stochastic"])
-def test_bf16_rows(rounding):
-    test_rows.test_bf16_rows(rounding, "triton")
+def test_bf16_rows(rounding, scope):
+    test_rows.test_bf16_rows(rounding, scope, "triton")
 
 
 def test_adaptive_clip_leaves_excluded_parameters_alone():
@@ -276,9 +282,23 @@ def test_adaptive_clip_leaves_excluded_parameters_alone():
 
 def test_rows_of_float64_run_on_eager():
     for dtype in (torch.float32, torch.float64):
-        optimizer, (p,), (x,) = test_rows.stepped("triton", ["matrix"], dtype)
+        optimizer, (p,), (x,) = test_rows.stepped("triton", "row", ["matrix"], dtype)
         torch.testing.assert_close(p.detach().double(), x, rtol=2e-5, atol=2e-5)
         assert ran_on(optimizer) == {"triton" if dtype == torch.float32 else "eager"}
+
+
+@pytest.mark.parametrize("scope", test_rows.BOTH)
+def test_totals_of_rows_for_a_finish_elsewhere(scope):
+    """As with sharded parameters: the last block leaves the totals of its units."""
+    optimizer, _, _ = test_rows.stepped("triton", scope, ["matrix", "vector", "cube"], torch.float32)
+    (batch,) = optimizer._plans["step"].batches
+    eager = backends.Eager(batch)
+    eager.begin()
+    batch.bind([p.grad for p in optimizer.param_groups[0]["params"]])
+    batch.backend.begin()
+    for ps in (batch.program.passes[0], batch.program.passes[2]):
+        for _ in range(2):  # the counters are at zero again
+            torch.testing.assert_close(batch.backend.reduce(ps), eager.reduce(ps), rtol=2e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", test_stats.MAKERS)
