@@ -25,6 +25,7 @@ from .optim.sophia import Sophia
 from .optim.spam import SPAM
 from .optim.stablespam import StableSPAM
 from .optimizer import Optimizer
+from .roles import param_groups, roles
 from .transform import Slot, Stage, derive, measure, rule
 
 __version__ = "0.1.0"
@@ -50,6 +51,8 @@ __all__ = [
     "losses",
     "measure",
     "ops",
+    "param_groups",
+    "roles",
     "rule",
     "transforms",
 ]
