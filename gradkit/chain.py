@@ -64,7 +64,9 @@ class Placed(NamedTuple):
 
     @property
     def label(self) -> str:
-        return self.chain.prefix + self.link.name
+        """How texts call it: after its chain's name, if it has one, as the keys of groups do."""
+        name = self.chain.name or self.chain.prefix.removesuffix("_")
+        return self.link.name if name in ("", self.link.name) else f"{name}.{self.link.name}"
 
 
 def chain(
