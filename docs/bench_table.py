@@ -1,6 +1,7 @@
 """A hook of mkdocs: puts the committed measurements of bench/results/ into the pages that ask for them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,11 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by mkdocs for each page."""
     up = "../" * page.file.src_uri.count("/")  # to where the pictures are
-    if "<!-- bench -->" in markdown:
-        markdown = markdown.replace("<!-- bench -->", bench(RESULTS))
-    while "<!-- evidence: " in markdown:
-        key = markdown.split("<!-- evidence: ", 1)[1].split(" -->", 1)[0]
-        markdown = markdown.replace(f"<!-- evidence: {key} -->", evidence(RESULTS, key, up))
-    return markdown
+
+    def asked_for(line: re.Match[str]) -> str:  # whole: what stands before the comment is for readers of the file
+        return bench(RESULTS) if line["what"] == "bench" else evidence(RESULTS, line["key"], up)
+
+    return re.sub(r"^.*<!-- (?P<what>bench|evidence: (?P<key>\w+)) -->$", asked_for, markdown, flags=re.M)
 
 
 def bench(folder: Path) -> str:

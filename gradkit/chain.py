@@ -64,7 +64,9 @@ class Placed(NamedTuple):
 
     @property
     def label(self) -> str:
-        return self.chain.prefix + self.link.name
+        """How texts call it: after its chain's name, if it has one, as the keys of groups do."""
+        name = self.chain.name or self.chain.prefix.removesuffix("_")
+        return self.link.name if name in ("", self.link.name) else f"{name}.{self.link.name}"
 
 
 def chain(
@@ -124,15 +126,19 @@ def share_slots(pieces: Sequence[Placed]) -> tuple[list[Placed], dict[str, tuple
     A chain's name is a prefix of what it owns. A borrower finds its own chain's slot first, then that without prefix.
     """
     owners: dict[str, tuple[Placed, Slot]] = {}
+    kept: dict[str, Placed] = {}  # with the numbers of measures, which live beside the slots
     for piece in pieces:
-        for slot in piece.link.slots:
-            name = piece.chain.prefix + slot.name
-            if name in owners:
+        numbers = piece.link.state if isinstance(piece.link, Measure) and piece.link.scope == "tensor" else ()
+        for name in (piece.chain.prefix + n for n in (*(s.name for s in piece.link.slots), *numbers)):
+            if name in kept:
+                pair = (kept[name], piece)
+                named = next((x.chain.name for x in pair if x.chain.name), "")
                 raise ValueError(
-                    f"two owners of the slot {name!r}: {owners[name][0].label} and {piece.label}; "
-                    f"borrow it with uses=, or give one chain name="
+                    f"two owners of the slot {name!r}: {' and '.join(x.label for x in pair)}; borrow it with uses=, "
+                    f"or give one chain name=" + f", e.g. {named}(name='second')" * bool(named)
                 )
-            owners[name] = piece, slot
+            kept[name] = piece
+        owners |= {piece.chain.prefix + slot.name: (piece, slot) for slot in piece.link.slots}
     for piece in pieces:
         if lost := [n for n in piece.link.uses if not {n, piece.chain.prefix + n} & {*owners}]:
             raise ValueError(

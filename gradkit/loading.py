@@ -74,6 +74,7 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
             group[key] = on_host(value)
     wanted: set[str] = set()
     lost: set[str] = set()
+    idle: set[str] = set()
     arguments: set[str] = set()
     taken: set[str] = set()
     for p, group, program, saved in pairs(optimizer, state_dict):
@@ -83,6 +84,7 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
             for n, dtype in dtypes.items()
             if isinstance(saved.get(n), Tensor) and (same or saved[n].shape == p.shape)
         }
+        numbers: dict[str, Tensor] = {}
         if slots or (same and saved):  # a count without its moments would switch the bias corrections off
             numbers = {n: torch.tensor(float(saved[n]), dtype=torch.float32) for n in counters if n in saved}
             for n in (n for n in program.memory if same and n in saved):
@@ -90,28 +92,29 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
             optimizer.state[p] = {**numbers, **slots}
         else:
             optimizer.state.pop(p, None)
-        if same and saved:
-            lost |= {*dtypes, *counters} - {*saved}
+        names = {*dtypes, *counters, *program.memory}
+        lost |= names - {*saved} if same and saved else set()
+        idle |= {*saved} - names
         arguments |= {*program.arguments, *program.shared}
-        wanted, taken = wanted | {*program.slots}, taken | {*slots}
+        wanted, taken = wanted | names, taken | {*slots, *numbers}
     if same:
         lost |= optimizer._kept - {*state_dict["param_groups"][0]}
+        idle |= {k for g in optimizer.param_groups for k in g if "." in k} - arguments
     if lost:
         log.warning("%s: the state dict lacks %s: it starts fresh", type(optimizer).__name__, ", ".join(sorted(lost)))
-    if same:
-        idle = {k for g in optimizer.param_groups for k in g if "." in k} - arguments
-        if idle:
-            log.warning(
-                "%s: the state dict's %s belongs to no link here: give the same transforms=",
-                type(optimizer).__name__,
-                ", ".join(sorted(idle)),
-            )
-    else:
+    if same and idle:
+        log.warning(
+            "%s: the state dict's %s belongs to no link here: give the same transforms=",
+            type(optimizer).__name__,
+            ", ".join(sorted(idle)),
+        )
+    if not same:
         log.info(
-            "%s: took %s and lr, weight_decay, maximize from a state dict of another optimizer; %s",
+            "%s: took %s and lr, weight_decay, maximize from a state dict of another optimizer; %s%s",
             type(optimizer).__name__,
             ", ".join(sorted(taken)) or "no state",
             f"{', '.join(sorted(wanted - taken))} starts fresh" if wanted - taken else "nothing starts fresh",
+            f"; {', '.join(sorted(idle))} left out" if idle else "",
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .options import check_choice
+from .options import brief, check_choice, check_flag
 
 __all__ = ["vanishing_gradient_penalty"]
 
@@ -15,6 +15,10 @@ SLOPES: dict[str, Callable[[Tensor], Tensor]] = {  # derivatives of the nonlinea
     "relu": lambda h: (h > 0).to(h.dtype),
     "linear": torch.ones_like,
 }
+FROM_A_LOOP = (
+    "from a loop over torch.nn.RNNCell (the output of torch.nn.RNN doesn't get the gradients that come back through "
+    "time)"
+)
 FLOOR = 1e-10  # of a gradient's norm: the authors' 1e-20 of its square
 
 
@@ -35,6 +39,7 @@ def vanishing_gradient_penalty(
     """
     who = "vanishing_gradient_penalty"
     check_choice(who, "nonlinearity", nonlinearity, SLOPES)
+    check_flag(who, "squared", squared)
     check_states(who, hidden, weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(weight.device.type, enabled=False):  # gradients of 1e-8 and less are 0 in float16
@@ -52,9 +57,10 @@ def check_states(who: str, hidden: Sequence[Tensor], weight: Tensor) -> None:
     """Raise if these are not the states of one recurrent layer and their gradients."""
     if not isinstance(hidden, list | tuple):
         raise TypeError(
-            f"{who}: hidden is a {type(hidden).__name__}; give a list with the state of each time step, from a loop "
-            f"over torch.nn.RNNCell (the output of torch.nn.RNN doesn't get the gradients that come back through time)"
+            f"{who}: hidden is a {type(hidden).__name__}; give a list with the state of each time step, {FROM_A_LOOP}"
         )
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{who}: weight is {brief(weight)}; give the recurrent weight, as cell.weight_hh")
     size = weight.shape[0] if weight.dim() else 0
     if weight.shape != (size, size):
         raise ValueError(
@@ -64,11 +70,15 @@ def check_states(who: str, hidden: Sequence[Tensor], weight: Tensor) -> None:
     if not hidden:
         raise ValueError(f"{who}: hidden is empty; give the states of all time steps")
     for t, h in enumerate(hidden):
+        if not isinstance(h, Tensor):
+            raise TypeError(f"{who}: hidden[{t}] is {brief(h)}; give tensors [batch, size]")
         if h.shape != hidden[0].shape or h.shape[-1:] != (size,):
             raise ValueError(
                 f"{who}: hidden[{t}] is {tuple(h.shape)}, hidden[0] {tuple(hidden[0].shape)}, weight "
                 f"{tuple(weight.shape)}; give states [batch, size] of one batch"
             )
+        if t and h._base is not None and h._base is hidden[0]._base:
+            raise ValueError(f"{who}: hidden[0] and hidden[{t}] are parts of one tensor; give states {FROM_A_LOOP}")
         if not (h.is_leaf or h.retains_grad) or h.grad is None:
             raise ValueError(
                 f"{who}: hidden[{t}] has no gradient; call h.retain_grad() on each state in the forward, "

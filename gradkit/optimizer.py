@@ -18,8 +18,10 @@ from .options import (
     IN_GROUPS,
     Number,
     Range,
+    brief,
     builtin,
     check_number,
+    check_patterns,
     check_values,
     hint,
     listed,
@@ -29,7 +31,7 @@ from .options import (
 )
 from .plan import Batch, Kind, Member, Plan, Program, kind_of
 from .scalars import shared
-from .transform import Measure, Rule, listed_names
+from .transform import Measure, Rule
 from .transforms.decay import last_links
 from .transforms.tap import PixelwiseClip
 
@@ -59,7 +61,7 @@ class Optimizer(torch.optim.Optimizer):
         given, own = split_options(self, dict(options))
         who, transforms = type(self).__name__, given.pop("transforms", ())
         if not isinstance(transforms, list | tuple):
-            raise TypeError(f"{who}: transforms={transforms!r}: give a list, e.g. transforms=[clip_by_norm(1.0)]")
+            raise TypeError(f"{who}: transforms={brief(transforms)}: give a list, e.g. transforms=[clip_by_norm(1.0)]")
         self.chain, self.transforms = chain, tuple(map(as_chain, transforms))
         self.backend = given.pop("backend", "auto")
         if chain is None and type(self).links is Optimizer.links:
@@ -71,7 +73,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"image = pixelwise_clip(...)(image)"
                 )
             if not isinstance(c, Chain):
-                raise TypeError(f"{who}: {c!r} is no chain or transform; call it, e.g. clip_by_global_norm(1.0)")
+                raise TypeError(f"{who}: {brief(c)} is no chain or transform; call it, e.g. clip_by_global_norm(1.0)")
         self._plans: dict[Any, Plan] = {}  # by what runs
         self._checked: list = []
         self._programs: dict[tuple, Program] = {}
@@ -84,19 +86,23 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_values(self, values: Mapping[str, Any]) -> None:
         whole = (*self.transforms, *([self.chain] if self.chain else []))
-        of_chains = {f"{c.name}.{n}": allowed for x in whole for c in x.walk() for n, allowed in c.ranges.items()}
-        defaults = getattr(self, "defaults", None) or own_defaults(type(self))
+        chains = [c for x in whole for c in x.walk()]
+        of_chains = {f"{c.name}.{n}": allowed for c in chains for n, allowed in c.ranges.items()}
+        defaults = {f"{c.name}.{n}": value for c in chains for n, value in c.arguments.items()}
+        defaults |= getattr(self, "defaults", None) or own_defaults(type(self))
         check_values(type(self).__name__, values, defaults, {**self.ranges, **of_chains})
 
     def _check_names(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise if a transform's patterns match no parameter's name."""
         who, names = type(self).__name__, [n for g in groups for n in g.get("param_names", ())]
         for key, patterns in [(k, v) for g in groups for k, v in g.items() if k.endswith(".exclude") and v]:
+            check_patterns(who, key, patterns)
             if not names:
                 raise ValueError(f"{who}: {key}={patterns!r} needs names: give model.named_parameters()")
-            for pattern in listed_names(who, key, patterns):
+            for pattern in patterns:
                 if not any(fnmatchcase(n, pattern) for n in names):
-                    raise ValueError(f"{who}: {key}: {pattern!r} matches no parameter{hint(pattern, names)}")
+                    module = [f"{pattern}.*"] * any(n.startswith(f"{pattern}.") for n in names)
+                    raise ValueError(f"{who}: {key}: {pattern!r} matches no parameter{hint(pattern, module or names)}")
 
     def links(self, group: Mapping[str, Any]) -> Chain:
         """The chain for one group: a pure function of its values."""

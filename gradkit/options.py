@@ -52,6 +52,7 @@ class Range(NamedTuple):
     endless: bool = False  # infinity is a value
     whole: bool = False
     optional: bool = False
+    example: tuple[float, ...] = ()  # where as many numbers are wanted, each of this range
 
     def holds(self, x: float) -> bool:
         inside = (self.low < x if self.above else self.low <= x) and (x < self.high or self.endless)
@@ -75,6 +76,15 @@ def builtin(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def brief(value: Any) -> str:
+    """A value in a message: one that would fill the screen by its kind alone."""
+    text = repr(value)
+    if len(text) <= 80 and "\n" not in text:
+        return text
+    of = f" of shape {tuple(value.shape)} and dtype {value.dtype}" if isinstance(value, torch.Tensor) else ""
+    return f"a {type(value).__name__}{of}"
+
+
 def listed(choices: Iterable[Any]) -> str:
     return ", ".join(map(repr, choices))
 
@@ -87,14 +97,32 @@ def hint(given: Any, known: Iterable[str]) -> str:
 def check_choice(who: str, name: str, value: Any, choices: Collection[str]) -> None:
     """Raise if a value is none of the words that have a meaning."""
     if value not in choices:
-        raise ValueError(f"{who}: {name}={value!r}: use one of {listed(choices)}{hint(value, choices)}")
+        raise ValueError(f"{who}: {name}={brief(value)}: use one of {listed(choices)}{hint(value, choices)}")
+
+
+def check_flag(who: str, name: str, value: Any) -> None:
+    """Raise if a value is neither true nor false."""
+    if value not in (True, False):
+        raise TypeError(f"{who}: {name}={brief(value)}: use True or False")
+
+
+def check_patterns(who: str, name: str, value: Any) -> None:
+    """Raise if a value is no list of patterns of parameters' names."""
+    if not isinstance(value, tuple | list) or not all(isinstance(x, str) for x in value):
+        raise TypeError(f"{who}: {name}={brief(value)}: give a tuple of patterns of names, e.g. ('head.*',)")
 
 
 def check_number(who: str, name: str, value: Any, allowed: Range) -> None:
-    """Raise if a hyperparameter isn't a number of its range."""
+    """Raise if a hyperparameter isn't a number of its range, or several where that is wanted."""
     if value is None and allowed.optional:
         return
-    shown, words = f"{who}: {name}={value!r}", allowed.words + " or None" * allowed.optional
+    shown, words = f"{who}: {name}={brief(value)}", allowed.words + " or None" * allowed.optional
+    if allowed.example:
+        if not isinstance(value, tuple | list) or len(value) != len(allowed.example):
+            raise ValueError(f"{shown}: give {len(allowed.example)} numbers, e.g. {name}={allowed.example}")
+        for i, x in enumerate(value):
+            check_number(who, f"{name}[{i}]", x, allowed._replace(example=()))
+        return
     if isinstance(value, torch.Tensor):
         if value.dim() or value.is_cuda:
             raise TypeError(f"{shown}: a tensor hyperparameter is 0-d and lives on the CPU; use tensor.cpu()[...]")
@@ -109,21 +137,13 @@ def check_values(who: str, values: Mapping[str, Any], defaults: Mapping[str, Any
     for name, value in values.items():
         if name in CHOICES:
             check_choice(who, name, value, CHOICES[name])
-        if isinstance(defaults.get(name, IN_GROUPS.get(name)), bool) and value not in (True, False):
-            raise TypeError(f"{who}: {name}={value!r}: use True or False")
+        if isinstance(defaults.get(name, IN_GROUPS.get(name)), bool):
+            check_flag(who, name, value)
         if name == "state_dtype" and value not in (None, *DTYPES):
-            raise TypeError(f"{who}: state_dtype={value!r}: use None or one of {listed(DTYPES)}")
-        allowed = ranges.get(name) or RANGES.get(name)
-        if allowed is None:
-            continue
-        if isinstance(defaults.get(name), tuple):
-            wanted = len(defaults[name])
-            if not isinstance(value, tuple | list) or len(value) != wanted:
-                raise ValueError(f"{who}: {name}={value!r}: give {wanted} numbers, e.g. {name}={defaults[name]}")
-            for i, x in enumerate(value):
-                check_number(who, f"{name}[{i}]", x, allowed)
-        else:
-            check_number(who, name, value, allowed)
+            raise TypeError(f"{who}: state_dtype={brief(value)}: use None or one of {listed(DTYPES)}")
+        allowed, default = ranges.get(name) or RANGES.get(name), defaults.get(name)
+        if allowed is not None:
+            check_number(who, name, value, allowed._replace(example=default) if isinstance(default, tuple) else allowed)
 
 
 def own_defaults(cls: type) -> dict[str, Any]:
@@ -146,7 +166,7 @@ def split_options(optimizer: Any, given: dict[str, Any]) -> tuple[dict[str, Any]
     known = {*Options.__annotations__, *own_defaults(type(optimizer))}
     for name, value in given.items():
         if name not in known:
-            raise TypeError(f"{who}() got an unexpected argument {name}={value!r}{hint(name, known)}")
+            raise TypeError(f"{who}() got an unexpected argument {name}={brief(value)}{hint(name, known)}")
     refuse_flags(who, given)
     options = {n: v for n, v in given.items() if n in Options.__annotations__ and n not in TORCH_FLAGS}
     return options, {n: v for n, v in given.items() if n not in Options.__annotations__}

@@ -94,6 +94,29 @@ TRANSFORMS: list[tuple[Any, dict[str, Any], type, str]] = [
     (tx.grokfast_ema, {"init": "one"}, ValueError, "init='one': use one of 'first', 'zero'"),
     (tx.grokfast_ma, {"window": 0}, ValueError, f"window=0: {ONE_UP}"),
     (tx.grokfast_ma, {"lamb": NAN}, ValueError, f"lamb=nan: {NOT_NEGATIVE}"),
+    (tx.grokfast_ma, {"warmup": "no"}, TypeError, "warmup='no': use True or False"),
+    (tx.zclip, {"skip_update_on_spike": "no"}, TypeError, "skip_update_on_spike='no': use True or False"),
+    (
+        tx.adagn,
+        {"gammas": (0.7, 0.9, 0.9)},
+        ValueError,
+        "gammas=(0.7, 0.9, 0.9): give 2 numbers, e.g. gammas=(0.7, 0.9)",
+    ),
+    (tx.adagn, {"gammas": 0.7}, ValueError, "gammas=0.7: give 2 numbers"),
+    (tx.adagn, {"gammas": (0.7, 1.0)}, ValueError, f"gammas[1]=1.0: {FRACTION}"),
+    (tx.adaptive_clip, {"exclude": "head.*"}, TypeError, "exclude='head.*': give a tuple of patterns of names"),
+    (
+        tx.adaptive_clip,
+        {"exclude": (torch.ones(2),)},
+        TypeError,
+        "exclude=(tensor([1., 1.]),): give a tuple of patterns",
+    ),
+    (
+        tx.clip_by_norm,
+        {"max_norm": torch.ones(3, 64, 64)},
+        TypeError,
+        "max_norm=a Tensor of shape (3, 64, 64) and dtype",
+    ),
     (tx.grokfast_ma, {"mode": "max"}, ValueError, "mode='max': use one of 'mean', 'sum'"),
 ]
 
@@ -149,6 +172,64 @@ def test_a_bad_value_of_a_transform_is_named_when_it_is_called(transform, argume
         transform(**argument)
     said = str(raised.value)
     assert ("name" in argument or said.startswith(transform.__name__)) and message in said, said
+
+
+def named(**given: Any) -> gradkit.AdamW:
+    torch.manual_seed(0)
+    net = torch.nn.ModuleDict({"body": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 2)})
+    group = {"params": list(net.named_parameters()), **given.pop("group", {})}
+    return gradkit.AdamW([group], **given)
+
+
+OF_GROUPS: list[tuple[Any, dict[str, Any], type, str]] = [  # a transform, what a group says of it
+    (tx.adaptive_clip(exclude=("head",)), {}, ValueError, "'head' matches no parameter; did you mean 'head.*'?"),
+    (
+        tx.adaptive_clip(exclude=("hed.bias",)),
+        {},
+        ValueError,
+        "'hed.bias' matches no parameter; did you mean 'head.bias'?",
+    ),
+    (
+        tx.adaptive_clip(),
+        {"adaptive_clip.exclude": True},
+        TypeError,
+        "adaptive_clip.exclude=True: give a tuple of patterns",
+    ),
+    (
+        tx.adaptive_clip(),
+        {"adaptive_clip.excluded": "yes"},
+        TypeError,
+        "adaptive_clip.excluded='yes': use True or False",
+    ),
+    (tx.zclip(), {"zclip.skip_update_on_spike": "no"}, TypeError, "zclip.skip_update_on_spike='no': use True or False"),
+    (
+        tx.adagn(),
+        {"adagn.gammas": (0.7,)},
+        ValueError,
+        "adagn.gammas=(0.7,): give 2 numbers, e.g. adagn.gammas=(0.7, 0.9)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("transform", "group", "kind", "message"), OF_GROUPS, ids=[x[3][:30] for x in OF_GROUPS])
+def test_a_bad_value_for_a_transform_in_a_group_is_named_with_what_would_do(transform, group, kind, message):
+    with pytest.raises(kind) as raised:
+        named(transforms=[transform], group=group)
+    assert str(raised.value).startswith("AdamW: ") and message in str(raised.value), raised.value
+
+
+def test_numbers_of_one_name_ask_for_another():
+    """Those of measures as the slots of rules; the name that is asked for helps."""
+    says = r"of the slot 'absmax_avg': adaclip.largest_entry and largest_entry; .* e.g. adaclip\(name='second'\)$"
+    with pytest.raises(ValueError, match=says):
+        gradkit.StableSPAM(model(), transforms=[tx.adaclip()])
+    gradkit.StableSPAM(model(), transforms=[tx.adaclip(name="second")])
+
+
+def test_a_value_that_would_fill_the_screen_is_named_by_its_kind():
+    with pytest.raises(TypeError) as raised:
+        gradkit.AdamW(model(), transforms=tx.adaclip())  # type: ignore[arg-type]
+    assert str(raised.value).startswith("AdamW: transforms=a Chain: give a list")
 
 
 IN_GROUPS = [case for case in VALUES if next(iter(case[0])) not in ("backend", "decoy", "wd", "transforms")]

@@ -151,10 +151,13 @@ def test_users_transforms_run_at_the_place_that_their_stage_says():
     users = [chain(negated), tx.clip_by_value(1.0), chain(doubled), tx.cautious()]
     optimizer = gradkit.Grokfast([p], weight_decay=0.1, transforms=users)
     assert chain_line(optimizer) == (
-        "chain: clip_value -> doubled -> ema_filter -> l2 -> adam -> negated -> agreement -> keep_agreeing -> write"
+        "chain: clip_by_value.clip_value -> doubled -> ema_filter -> l2 -> adam -> negated -> cautious.agreement -> "
+        "cautious.keep_agreeing -> write"
     )
     other = gradkit.Grokfast([p], weight_decay=0.1, decay="cautious", transforms=users[2:0:-1])
-    assert chain_line(other) == "chain: doubled -> clip_value -> ema_filter -> adam -> cautious_decay -> write"
+    assert chain_line(other) == (
+        "chain: doubled -> clip_by_value.clip_value -> ema_filter -> adam -> cautious_decay -> write"
+    )
 
 
 @each_backend

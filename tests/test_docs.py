@@ -155,6 +155,53 @@ def test_the_toy_optimizer_of_the_page_computes_its_docstring_on_every_backend(b
     assert f"backend: {backend} (" in optimizer.explain()
 
 
+def block_of(page: Path, heading: str) -> str:
+    """The first code under a heading."""
+    text = page.read_text().split(f"\n{heading}\n", 1)[1]
+    return next(m["text"] for m in FENCE.finditer(text) if m["language"] == "python")
+
+
+def test_the_accumulation_of_the_page_is_the_estimate_of_the_whole_batch():
+    """Whatever the number of labels in each micro-batch."""
+    import torch
+    import torch.nn.functional as F
+
+    def likeliest(logits, *, targets):
+        return logits.argmax(-1).masked_fill(targets == -100, -100)
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    optimizer = gradkit.Sophia(model.parameters())
+    names = {"torch": torch, "F": F, "gnb_labels": likeliest, "model": model, "optimizer": optimizer}
+    exec(block_of(DOCS / "optimizers" / "sophia.md", "### Accumulation"), names)
+    x, y = names["x"], names["y"]
+    counts = [int((part != -100).sum()) for part in y.split(4)]
+    assert len(set(counts)) > 1, counts
+    whole = gradkit.Sophia(model.parameters())
+    F.cross_entropy(model(x), likeliest(model(x), targets=y)).backward()
+    whole.update_hessian(batch_size=sum(counts))
+    for p in model.parameters():
+        torch.testing.assert_close(optimizer.state[p]["hessian"], whole.state[p]["hessian"])
+
+
+def test_hutchinsons_parts_on_the_page_are_of_the_whole_loss():
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def gradients(loss, params):  # linear, as the estimate, and not random
+        return list(torch.autograd.grad(loss, [*params], retain_graph=True))
+
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(8, 5), torch.randn(4, 6, 8), torch.randint(5, (4, 6))
+    names = {"torch": torch, "F": F, "SDPBackend": SDPBackend, "sdpa_kernel": sdpa_kernel, "hutchinson": gradients}
+    names |= {"model": model, "x": x, "y": y}
+    text = (DOCS / "estimators.md").read_text()
+    exec(next(m["text"] for m in FENCE.finditer(text) if "part = hutchinson" in m["text"]), names)
+    whole = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    torch.testing.assert_close(names["estimates"], gradients(whole, model.parameters()))
+
+
 @pytest.mark.parametrize("name, printed", sorted(signatures(PAGES).items()))
 def test_a_printed_signature_is_the_real_one(name, printed):
     real = inspect.signature(public(name))
@@ -246,6 +293,20 @@ def bench_table() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_measurement_is_also_one_click_away_where_no_hook_runs():
+    """On GitHub the comments are nothing; on the site their whole line becomes the table."""
+    hook = bench_table()
+    asking = [p for p in PAGES if "<!-- " in p.read_text()]
+    assert len(asking) >= 6
+    for page in asking:
+        lines = [x for x in page.read_text().splitlines() if "<!-- " in x]
+        assert all(re.fullmatch(r"\[[\w ]+\]\((\.\./)+bench/results\S*\) <!-- [\w: ]+ -->", x) for x in lines), lines
+        file = types.SimpleNamespace(src_uri=str(page.relative_to(DOCS)))
+        shown = hook.on_page_markdown(page.read_text(), page=types.SimpleNamespace(file=file))
+        assert "<!-- " not in shown and "bench/results)" not in shown and "evidence.md#" not in shown
+        assert "| --- |" in shown
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

@@ -1,5 +1,6 @@
 """Estimates of the Hessian's diagonal against the exact one, and what they leave alone."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ def test_gradients_are_left_alone_and_the_loss_still_goes_backward():
     loss.backward()
     for p, g in zip(params, expected, strict=True):
         assert torch.equal(p.grad, g)
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+    with pytest.raises(RuntimeError, match=r"^hutchinson: loss.backward\(\) has freed the graph of the loss; call hut"):
         hutchinson(loss, params)
 
 
@@ -109,6 +110,16 @@ def test_what_the_loss_does_not_curve_has_zeros_in_order():
     found = hutchinson(loss, iter([unused, curved, frozen, linear]))
     torch.testing.assert_close(found, [torch.zeros(4), torch.full((2,), 6.0), torch.zeros(5), torch.zeros(3)])
     assert hutchinson(linear.sum(), [linear])[0].tolist() == [0.0] * 3
+    assert hutchinson(frozen.sum(), [frozen])[0].tolist() == [0.0] * 5
+
+
+def test_named_parameters_are_parameters():
+    model = torch.nn.Linear(3, 2)
+    loss = model(torch.randn(4, 3)).square().sum()
+    torch.manual_seed(1)
+    plain = hutchinson(loss, model.parameters())
+    torch.manual_seed(1)
+    assert all(map(torch.equal, plain, hutchinson(loss, model.named_parameters())))
 
 
 def test_halves_are_averaged_in_float32():
@@ -133,10 +144,69 @@ def test_fused_attention_gets_an_error_with_the_remedy():
     assert found.isfinite().all() and found.abs().sum() > 0
 
 
+def test_a_compiled_model_gets_an_error_with_the_remedy():
+    """Also where torch itself raises nothing, and has zeros."""
+    q = leaf(3)
+    torch._dynamo.reset()
+    loss = torch.compile(lambda x: x.exp().sum(), backend="aot_eager")(q)
+    for given in (loss, (3 * q).sum() + loss.square()):
+        with pytest.raises(
+            RuntimeError, match="^hutchinson: a part of the loss is from torch.compile, which has no second"
+        ):
+            hutchinson(given, [q])
+
+
+class Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError("of the model's own")
+
+
 def test_other_errors_of_torch_pass():
     p = leaf(2)
-    with pytest.raises(RuntimeError, match="scalar"):
-        hutchinson(p * p, [p])
+    with pytest.raises(RuntimeError, match="^of the model's own$"):
+        hutchinson(Broken.apply(p).sum(), [p])
+
+
+LEAF = torch.ones(2, requires_grad=True)
+MODEL = torch.nn.Sequential(torch.nn.Linear(2, 2))
+REFUSED = [  # loss, params, what it says
+    (LEAF.sum(), LEAF, TypeError, "params=a Tensor of shape|params=tensor.*: give a list of tensors, or model.par"),
+    (LEAF.sum(), MODEL[0], TypeError, "params=Linear.*: give a list of tensors, or model.parameters()"),
+    (LEAF.sum(), {"w": LEAF}, TypeError, "params={.*: give a list of tensors, or model.parameters()"),
+    (LEAF.sum(), MODEL, TypeError, r"params\[0\] is Linear.*; give tensors or \(name, tensor\) pairs"),
+    (LEAF.sum(), ["w"], TypeError, r"params\[0\] is 'w'; give tensors or \(name, tensor\) pairs"),
+    (
+        LEAF.sum(),
+        [{"params": [LEAF]}],
+        TypeError,
+        r"params\[0\] is {.*\[p for group in optimizer.param_groups for p in",
+    ),
+    (
+        LEAF.sum(),
+        iter(()),
+        ValueError,
+        r"params is empty; an iterator such as model.parameters\(\) can be read only once",
+    ),
+    (2.5, [LEAF], TypeError, r"loss=2.5: give the tensor, not its item\(\)"),
+    (2 * LEAF, [LEAF], ValueError, r"loss has the shape \(2,\); give one number, its mean\(\) or sum\(\)"),
+    (
+        LEAF.sum().detach(),
+        [LEAF],
+        ValueError,
+        r"the loss has no graph; compute it outside torch.no_grad\(\), and don't",
+    ),
+]
+
+
+@pytest.mark.parametrize(("loss", "params", "kind", "says"), REFUSED, ids=[x[3][:24] for x in REFUSED])
+def test_what_hutchinson_cannot_use_is_named_with_what_would_do(loss, params, kind, says):
+    with pytest.raises(kind, match=f"^hutchinson: {says}"):
+        hutchinson(loss, params)
 
 
 def test_arguments_of_hutchinson_are_checked():
@@ -210,4 +280,41 @@ def test_labels_are_drawn_a_few_rows_at_a_time(monkeypatch):
 
 def test_targets_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"targets of shape \(5, 2\) for logits of \(2, 5, 7\)"):
-        gnb_labels(torch.zeros(2, 5, 7), targets=torch.zeros(5, 2))
+        gnb_labels(torch.zeros(2, 5, 7), targets=torch.zeros(5, 2, dtype=torch.int64))
+
+
+LOGITS = torch.zeros(2, 5, 7)
+UNUSABLE = [
+    (
+        (LOGITS, torch.zeros(2, 5, dtype=torch.int64)),
+        {},
+        "ignore_index=a Tensor of shape .2, 5.* labels of the data are",
+    ),
+    (
+        (LOGITS, torch.tensor(3)),
+        {},
+        r"ignore_index=tensor\(3\): give a whole number; the labels of the data are targets=",
+    ),
+    ((LOGITS, 2.5), {}, "ignore_index=2.5: give a whole number"),
+    ((LOGITS, True), {}, "ignore_index=True: give a whole number"),
+    (
+        (LOGITS,),
+        {"targets": torch.zeros(2, 5)},
+        "targets=a Tensor .*dtype torch.float32: give a tensor of whole numbers",
+    ),
+    ((LOGITS,), {"targets": [[0] * 5] * 2}, r"targets=\[\[0, .*: give a tensor of whole numbers"),
+    (([[0.0, 1.0]],), {}, r"logits=\[\[0.0, 1.0\]\]: give a floating tensor \[..., classes\]"),
+    ((torch.tensor(1.0),), {}, r"logits=tensor\(1.\): give a floating tensor"),
+    ((torch.ones(2, 3, dtype=torch.int64),), {}, "logits=.*: give a floating tensor"),
+]
+
+
+@pytest.mark.parametrize(("given", "named", "says"), UNUSABLE, ids=[x[2][:24] for x in UNUSABLE])
+def test_what_gnb_labels_cannot_use_is_named_with_what_would_do(given, named, says):
+    with pytest.raises(TypeError, match=f"^gnb_labels: {says}"):
+        gnb_labels(*given, **named)
+
+
+def test_an_ignored_label_may_be_a_number_of_numpy():
+    targets = torch.tensor([1, 4])
+    assert gnb_labels(torch.zeros(2, 3), np.int64(4), targets=targets)[1] == 4

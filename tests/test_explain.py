@@ -44,8 +44,13 @@ def heavy_ball(u, velocity, w):
 
 
 @rule(stage=Stage.UPDATE)
-def towards_zero(u, p):
+def pulled(u, p):
     return u + 0.01 * sign(p)
+
+
+@rule
+def tilted(u):
+    return u + 1.0
 
 
 @derive()
@@ -56,7 +61,7 @@ def ball_scalars(momentum):
 def own_chain() -> gradkit.Chain:
     """Five links of a user's own: three rules on the gradient's way, a measure and a rule on the update."""
     start = chain(softened, peak, lowered, name="bounded", limit=0.5, ceiling=0.25)
-    return chain(start, chain(heavy_ball, derive=ball_scalars, name="ball", momentum=0.9), towards_zero)
+    return chain(start, chain(heavy_ball, derive=ball_scalars, name="heavy_ball", momentum=0.9), pulled)
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -65,7 +70,7 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def clipped(params: Any, **given: Any) -> gradkit.Optimizer:
-    return gradkit.AdamW(params, transforms=[tx.clip_by_global_norm(1.0), tx.grokfast_ema()], **given)
+    return gradkit.AdamW(params, transforms=[tx.clip_by_global_norm(1.0, name="clip"), tx.grokfast_ema()], **given)
 
 
 def cautious_lion(params: Any, **given: Any) -> gradkit.Optimizer:
@@ -88,27 +93,27 @@ PLANS: dict[str, tuple[Any, str]] = {
     "clip, Grokfast and AdamW": (
         clipped,
         """\
-  chain: squares -> scale -> ema_filter -> adam -> decay -> write
-  pass 1: g | squares: sum over all | 4 bytes an element
-  pass 2: scale -> ema_filter -> adam -> decay -> write | apply | 36 bytes an element
+  chain: clip.squares -> clip.scale -> grokfast_ema.ema_filter -> adam -> decay -> write
+  pass 1: g | clip.squares: sum over all | 4 bytes an element
+  pass 2: clip.scale -> grokfast_ema.ema_filter -> adam -> decay -> write | apply | 36 bytes an element
   launches: 2; 40 bytes an element
   state: grad_ema float32, exp_avg float32, exp_avg_sq float32; 1200 bytes; write-back nearest""",
     ),
     "cautious Lion": (
         cautious_lion,
         """\
-  chain: lion -> agreement -> keep_agreeing -> decay -> write
-  pass 1: lion | agreement: mean over tensor | 8 bytes an element
-  pass 2: lion -> keep_agreeing -> decay -> write | apply | 20 bytes an element
+  chain: lion -> cautious.agreement -> cautious.keep_agreeing -> decay -> write
+  pass 1: lion | cautious.agreement: mean over tensor | 8 bytes an element
+  pass 2: lion -> cautious.keep_agreeing -> decay -> write | apply | 20 bytes an element
   launches: 2; 28 bytes an element
   state: exp_avg float32; 400 bytes; write-back nearest""",
     ),
     "a chain of five links": (
         own,
         """\
-  chain: softened -> peak -> lowered -> heavy_ball -> towards_zero -> decay -> write
-  pass 1: softened | peak: max over tensor | 4 bytes an element
-  pass 2: softened -> lowered -> heavy_ball -> towards_zero -> decay -> write | apply | 20 bytes an element
+  chain: bounded.softened -> bounded.peak -> bounded.lowered -> heavy_ball -> pulled -> decay -> write
+  pass 1: bounded.softened | bounded.peak: max over tensor | 4 bytes an element
+  pass 2: bounded.softened -> bounded.lowered -> heavy_ball -> pulled -> decay -> write | apply | 20 bytes an element
   launches: 2; 24 bytes an element
   state: velocity float32; 400 bytes; write-back nearest""",
     ),
@@ -224,19 +229,41 @@ def test_trace_names_each_link_and_what_flows_behind_it(backend):
         low = soft * min(0.25 / float(soft.abs().max()), 1.0)
         ball = velocity + (low - velocity) * 0.1
         wanted = {
-            "softened": soft,
-            "lowered": low,
+            "bounded.softened": soft,
+            "bounded.lowered": low,
             "heavy_ball": ball,
-            "towards_zero": ball + 0.01 * p.detach().sign(),
+            "pulled": ball + 0.01 * p.detach().sign(),
             "decay": p.detach() * (1 - 0.1 * 0.1),
         }
-        wanted["write"] = wanted["decay"] - 0.1 * wanted["towards_zero"]
+        wanted["write"] = wanted["decay"] - 0.1 * wanted["pulled"]
         assert list(steps) == list(wanted)
         for name, value in wanted.items():
             torch.testing.assert_close(steps[name], value.detach(), rtol=1e-5, atol=1e-7, msg=f"{name} at step {t}")
         optimizer.step()
         assert torch.equal(steps["write"], p) or not torch.equal(low, soft)
         torch.testing.assert_close(steps["write"], p.detach(), rtol=1e-6, atol=1e-8)
+
+
+def labels(*transforms: gradkit.Chain) -> list[str]:
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    return [name for name, _ in gradkit.Lion([p], transforms=transforms).trace(p)]
+
+
+def test_links_go_by_the_names_under_which_their_arguments_stand():
+    """So that `dict(trace)` has them all, and a chain's own name stands once."""
+    clips = tx.zclip(), tx.norm_growth_limit(), tx.clip_by_norm(1.0, name="hard"), tx.clip_by_norm(1.0)
+    assert labels(*clips) == [
+        "zclip.scale",
+        "hard.scale",
+        "clip_by_norm.scale",
+        "lion",
+        "norm_growth_limit.scale",
+        "write",
+    ]
+    assert labels(chain(softened, name="softened", limit=1.0)) == ["softened", "lion", "write"]
+    whole = chain(chain(tilted), tx.clip_by_value(1.0)).named("outside")
+    assert labels(whole) == ["outside.tilted", "clip_by_value.clip_value", "lion", "write"]
 
 
 def contents(optimizer: gradkit.Optimizer, params: list[Tensor]) -> dict[str, Any]:

@@ -193,6 +193,14 @@ BAD = [
         ValueError,
         r"hidden\[1\] has no gradient; call h\.retain_grad",
     ),
+    (
+        [kept(2, SIZE)],
+        nn.RNNCell(2, SIZE),
+        "tanh",
+        TypeError,
+        r"weight is RNNCell\(2, 4\); give the recurrent weight, as",
+    ),
+    ([np.zeros((2, SIZE))], SQUARE, "tanh", TypeError, r"hidden\[0\] is a ndarray; give tensors \[batch, size\]"),
     ([torch.zeros(2, SIZE)], SQUARE, "tanh", ValueError, r"hidden\[0\] has no gradient; .* after loss\.backward\(\)"),
 ]
 
@@ -201,6 +209,34 @@ BAD = [
 def test_bad_input_is_named_with_what_would_do(hidden, weight, nonlinearity, kind, message):
     with pytest.raises(kind, match=f"^vanishing_gradient_penalty: {message}"):
         vanishing_gradient_penalty(hidden, weight, nonlinearity=nonlinearity)
+
+
+def test_squared_is_true_or_false():
+    with pytest.raises(TypeError, match="^vanishing_gradient_penalty: squared='yes': use True or False"):
+        vanishing_gradient_penalty([kept(2, SIZE)], SQUARE, squared="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("apart", [list, torch.unbind, lambda x: [x[t] for t in range(len(x))]])
+def test_parts_of_the_fused_layers_output_are_refused(apart):
+    """Also where each has a gradient: that lacks what came back through time."""
+    rnn = nn.RNN(2, SIZE)
+    hidden = apart(rnn(torch.randn(T, BATCH, 2))[0])
+    for h in hidden:
+        h.retain_grad()
+    torch.stack(tuple(hidden))[-1].square().sum().backward()
+    assert all(h.grad is not None for h in hidden)
+    with pytest.raises(ValueError, match=r"hidden\[0\] and hidden\[1\] are parts of one tensor; .* torch.nn.RNNCell"):
+        vanishing_gradient_penalty(hidden, rnn.weight_hh_l0)
+
+
+def test_states_that_are_views_of_their_own_are_states():
+    cell, hidden, loss = unrolled()
+    loss.backward()
+    alone = [torch.stack((h.detach(), h.detach()))[0].requires_grad_() for h in hidden[1:]]
+    for h, given in zip(alone, hidden[1:], strict=True):
+        h.grad = given.grad
+    expected = vanishing_gradient_penalty(hidden[1:], cell.weight_hh)
+    assert_equal(vanishing_gradient_penalty(alone, cell.weight_hh).detach(), expected.detach())
 
 
 def test_before_backward_it_says_in_which_order():

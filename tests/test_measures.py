@@ -199,7 +199,7 @@ def test_looking_and_copying_leave_what_is_kept_alone():
     give(params, 2.0)
     optimizer.step()
     give(params, 16.0)
-    assert dict(optimizer.trace(params[0]))["over_most"].tolist() == [1.0] * 3
+    assert dict(optimizer.trace(params[0]))["so_far.over_most"].tolist() == [1.0] * 3
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         other.param_groups[0]["params"][0].grad = torch.full((3,), 32.0)
         other.step()

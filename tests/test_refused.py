@@ -286,6 +286,19 @@ def test_a_file_that_lacks_a_slot_or_has_an_argument_too_many_says_so(caplog):
     assert idle == "AdamW: the state dict's clip_by_norm.max_norm belongs to no link here: give the same transforms="
 
 
+def test_a_file_of_another_transform_says_what_it_lacks_and_what_is_left(caplog):
+    """The numbers of measures, too."""
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    optimizer = gradkit.Lion([p], transforms=[gradkit.transforms.adaclip()])
+    optimizer.step()
+    other = gradkit.Lion([torch.nn.Parameter(torch.ones(2))], transforms=[gradkit.transforms.adagn()])
+    other.load_state_dict(optimizer.state_dict())
+    lacks, idle = (record.getMessage() for record in caplog.records)
+    assert lacks == "Lion: the state dict lacks adagn_step, norm_avg, norm_sq_avg: it starts fresh"
+    assert "the state dict's absmax_avg, adaclip.gamma, adaclip_step belongs to no link here" in idle
+
+
 def test_what_users_keep_in_a_group_is_theirs():
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)

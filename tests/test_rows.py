@@ -197,7 +197,7 @@ def test_what_has_no_value_for_each_row_is_refused():
     tensor = measure(scope="tensor", reduce={"total": "sum"}, gives=("again",), finish=finish_again)(magnitude)
     with pytest.raises(ValueError, match="magnitude is over each tensor: 'norm' has a value for each part of one"):
         gradkit.Optimizer([p], chain(rows, tensor, name="both", size=2.0, coef=1.0))
-    with pytest.raises(ValueError, match="three measures rows and three columns: a chain may do one of them"):
+    with pytest.raises(ValueError, match="a.three measures rows and b.three columns: a chain may do one of them"):
         gradkit.Optimizer([p], chain(chain(rows, name="a", size=1.0), chain(columns, name="b", size=1.0)))
 
 

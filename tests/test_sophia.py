@@ -227,7 +227,8 @@ def test_it_says_once_that_estimates_are_missing(caplog):
     assert steps_that_warn(optimizer, params, 4, caplog) == []
     for p in params:
         p.grad = None
-    optimizer.update_hessian(batch_size=2)  # of nothing
+    with pytest.raises(ValueError, match="no parameter has a gradient"):  # so it is no update
+        optimizer.update_hessian(batch_size=2)
     others, resumed = made(hessian_every=3)
     resumed.load_state_dict(optimizer.state_dict())
     assert steps_that_warn(resumed, others, 20, caplog) == [2]
@@ -273,16 +274,54 @@ def test_new_estimates_need_no_new_plan():
 ERRORS = [
     ({}, ValueError, "give either batch_size=, the number of drawn labels, or estimates="),
     ({"batch_size": 2, "estimates": []}, ValueError, "give either batch_size="),
-    ({"batch_size": -1}, ValueError, "batch_size=-1: give a whole number >= 0"),
-    ({"batch_size": 2.5}, ValueError, "batch_size=2.5: give a whole number >= 0"),
+    ({"batch_size": 0}, ValueError, "batch_size=0: give a whole number >= 1"),
+    ({"batch_size": 2.5}, ValueError, "batch_size=2.5: give a whole number >= 1"),
+    (
+        {"batch_size": 2, "scaler": 1024.0},
+        TypeError,
+        "scaler=1024.0: give the torch.amp.GradScaler of the loss, or None",
+    ),
     ({"estimates": [torch.ones(5)]}, ValueError, "1 estimates for 2 parameters; give a list, in the order of the gr"),
     ({"estimates": torch.ones(2)}, ValueError, "for 2 parameters; give a list"),
     ({"estimates": [torch.ones(5), torch.ones(4)]}, ValueError, r"estimate 1 is (4,), its parameter (3,); give one"),
     ({"estimates": [torch.ones(5), 1.0]}, ValueError, r"estimate 1 is 1.0, its parameter (3,)"),
+    ({"estimates": dict.fromkeys("ab", torch.ones(99))}, ValueError, "estimates=a dict for 2 parameters; give a list"),
+    (
+        {"estimates": [torch.ones(5, dtype=torch.int64), None]},
+        ValueError,
+        "estimate 0 is torch.int64, torch.strided on cpu; give a dense one on cpu of one of torch.float32",
+    ),
+    (
+        {"estimates": [torch.ones(5, device="meta"), None]},
+        ValueError,
+        "strided on meta; give a dense one on cpu of one",
+    ),
+    (
+        {"estimates": [None, torch.ones(3).to_sparse()]},
+        ValueError,
+        "estimate 1 is torch.float32, torch.sparse_coo on cpu",
+    ),
+    ({"estimates": [None, None]}, ValueError, "there is no estimate for a parameter that is trained"),
 ]
 
 
-@pytest.mark.parametrize(("given", "error", "says"), ERRORS, ids=str)
+def test_estimates_are_due_by_a_number_of_steps():
+    _, optimizer = made()
+    optimizer.param_groups[0]["hessian_every"] = 0
+    with pytest.raises(ValueError, match="Sophia: hessian_every=0: give a whole number >= 1"):
+        _ = optimizer.hessian_due
+
+
+def test_an_update_without_any_gradient_is_refused():
+    _, optimizer = made()
+    with pytest.raises(
+        ValueError, match=r"^Sophia.update_hessian: no parameter has a gradient; call it after backward"
+    ):
+        optimizer.update_hessian(batch_size=2)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(("given", "error", "says"), ERRORS, ids=lambda x: str(x)[:40])
 def test_an_estimate_that_cannot_be_one_is_refused(given, error, says):
     params, optimizer = made()
     give(params)

@@ -132,7 +132,10 @@ def test_explain_shows_the_plan_with_and_without():
     both = optimizer.explain()
     assert both.startswith(without + "\nevery 50 steps, counting:\n") and "launches: 2;" in without
     extra = both.removeprefix(without)
-    assert "squares_of_each -> scale -> shrunk -> adam -> norms -> decay -> write" in extra and "launches: 4;" in extra
+    assert (
+        "clip_by_norm.scale -> clip_by_norm.shrunk -> adam -> norms -> decay -> write" in extra
+        and "launches: 4;" in extra
+    )
 
 
 def test_a_rule_names_what_it_counts():

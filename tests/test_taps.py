@@ -204,6 +204,13 @@ def test_a_channel_dim_that_the_tensor_lacks_is_named_at_its_use(channel_dim):
         clip(torch.zeros(4, 5))
 
 
+def test_what_is_no_tensor_is_named_at_its_use():
+    with pytest.raises(
+        TypeError, match=r"^pixelwise_clip: called on \[1, 2\]: give the tensor whose gradient it clips"
+    ):
+        pixelwise_clip(1.0, 0)([1, 2])  # type: ignore[arg-type]
+
+
 def test_an_optimizer_refuses_it_and_says_where_it_belongs():
     with pytest.raises(TypeError, match=r"AdamW: pixelwise_clip works on a tensor in the forward.*\(\.\.\.\)\(image\)"):
         gradkit.AdamW([torch.ones(1, requires_grad=True)], transforms=[pixelwise_clip(1.0, 0)])

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import OptState
+from torch.amp.grad_scaler import GradScaler, OptState
 from typing_extensions import Unpack
 
 from .. import sharding
 from ..chain import Chain, chain
 from ..ops import absolute, isfinite, lerp, maximum, where
 from ..optimizer import Optimizer
-from ..options import COUNT, LIMIT, POSITIVE, STEPS, Number, Options, check_number
+from ..options import DTYPES, LIMIT, POSITIVE, STEPS, Number, Options, brief, check_number, listed
 from ..transform import Stage, derive, measure, rule
 from ..transforms.clip import cut, scale
 
@@ -114,7 +114,9 @@ class Sophia(Optimizer):
     @property
     def hessian_due(self) -> bool:
         """Whether an estimate is due: before steps 1, k + 1, 2k + 1, ... for k = `hessian_every`."""
-        return self._clock() % float(self.param_groups[0]["hessian_every"]) == 0
+        every = self.param_groups[0]["hessian_every"]
+        check_number(type(self).__name__, "hessian_every", every, STEPS)  # the group may have been edited
+        return self._clock() % float(every) == 0
 
     def _clock(self) -> float:
         return float(self.param_groups[0].get("clock", 0.0))
@@ -138,18 +140,21 @@ class Sophia(Optimizer):
         who = f"{type(self).__name__}.update_hessian"
         if (batch_size is None) == (estimates is None):
             raise ValueError(f"{who}: give either batch_size=, the number of drawn labels, or estimates=[...]")
+        if not isinstance(scaler, GradScaler | None):
+            raise TypeError(f"{who}: scaler={brief(scaler)}: give the torch.amp.GradScaler of the loss, or None")
         params = [p for g in self.param_groups for p in g["params"]]
         unscale = 1.0 if scaler is None else 1.0 / self._scale_of(scaler)
         if batch_size is None:
             given = checked(who, estimates, params)
             self.run_beside(ESTIMATES, given, coef=unscale)
         else:
-            check_number(who, "batch_size", batch_size, COUNT)
+            check_number(who, "batch_size", batch_size, STEPS)
             given = [p.grad for p in params]
+            if all(g is None for g in given):
+                raise ValueError(f"{who}: no parameter has a gradient; call it after backward() and before zero_grad()")
             self.run_beside(SQUARES, given, coef=float(batch_size) ** 0.5 * unscale)
-        if any(x is not None for x in given):
-            first = self.param_groups[0]
-            first["hessian_stale_at"] = self._clock() + 2.0 * float(first["hessian_every"])
+        first = self.param_groups[0]
+        first["hessian_stale_at"] = self._clock() + 2.0 * float(first["hessian_every"])
 
     def _scale_of(self, scaler: Any) -> float:
         """The factor of a scaler that has not unscaled yet."""
@@ -195,13 +200,24 @@ class Sophia(Optimizer):
 def checked(who: str, estimates: Any, params: Sequence[Tensor]) -> list[Tensor | None]:
     """The estimates, None for a frozen parameter; raises unless there is one of each parameter's shape, or None."""
     if not isinstance(estimates, list | tuple) or len(estimates) != len(params):
-        given = f"{len(estimates)} estimates" if isinstance(estimates, list | tuple) else f"estimates={estimates!r}"
-        raise ValueError(f"{who}: {given} for {len(params)} parameters; give a list, in the order of the groups")
+        found = (
+            f"{len(estimates)} estimates" if isinstance(estimates, list | tuple) else f"estimates={brief(estimates)}"
+        )
+        raise ValueError(f"{who}: {found} for {len(params)} parameters; give a list, in the order of the groups")
     for i, (x, p) in enumerate(zip(estimates, params, strict=True)):
-        shape = tuple(x.shape) if isinstance(x, Tensor) else x
-        if x is not None and shape != tuple(p.shape):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.shape != p.shape:
             raise ValueError(
-                f"{who}: estimate {i} is {shape!r}, its parameter {tuple(p.shape)}; give one tensor for each "
-                f"parameter, in the order of the groups"
+                f"{who}: estimate {i} is {tuple(x.shape) if isinstance(x, Tensor) else brief(x)}, its parameter "
+                f"{tuple(p.shape)}; give one tensor for each parameter, in the order of the groups"
             )
-    return [x if p.requires_grad else None for x, p in zip(estimates, params, strict=True)]
+        if x.dtype not in DTYPES or x.device != p.device or x.layout != torch.strided:
+            raise ValueError(
+                f"{who}: estimate {i} is {x.dtype}, {x.layout} on {x.device}; give a dense one on {p.device} of one of "
+                f"{listed(DTYPES)}"
+            )
+    given = [x if p.requires_grad else None for x, p in zip(estimates, params, strict=True)]
+    if all(x is None for x in given):
+        raise ValueError(f"{who}: there is no estimate for a parameter that is trained; give one tensor for each")
+    return given

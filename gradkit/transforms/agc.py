@@ -5,8 +5,8 @@ from typing import Any
 
 from ..chain import Chain, chain
 from ..ops import maximum, sqrt, where
-from ..options import LIMIT, POSITIVE
-from ..transform import listed_names, measure
+from ..options import LIMIT, POSITIVE, check_patterns
+from ..transform import measure
 from .clip import scale
 
 
@@ -31,11 +31,7 @@ def adaptive_clip(clip: float = 0.01, eps: float = 1e-3, exclude: Sequence[str] 
     exclude: patterns of parameters' names that are left alone, as `("head.*",)` for the last layer, where the authors
         clip nothing; needs names: give the optimizer `model.named_parameters()`.
     """
-    arguments: dict[str, Any] = {
-        "clip": clip,
-        "eps": eps,
-        "exclude": listed_names("adaptive_clip", "exclude", exclude),
-        "excluded": False,
-    }
+    check_patterns("adaptive_clip", "exclude", exclude)
+    arguments: dict[str, Any] = {"clip": clip, "eps": eps, "exclude": tuple(exclude), "excluded": False}
     ranges = {"clip": LIMIT, "eps": POSITIVE}
     return chain(squares_of_rows, scale, name="adaptive_clip", ranges=ranges, **arguments).named(name)

@@ -4,7 +4,7 @@ import torch
 
 from ..chain import Chain, chain
 from ..ops import lerp, where
-from ..options import FRACTION, NOT_NEGATIVE, STEPS, check_choice
+from ..options import FRACTION, NOT_NEGATIVE, STEPS, check_choice, check_flag
 from ..transform import Slot, derive, rule
 
 STARTS = ("first", "zero")
@@ -67,6 +67,7 @@ def grokfast_ma(
     warmup: leave the gradient alone until the window is full.
     """
     check_choice("grokfast_ma", "mode", mode, AVERAGES)
+    check_flag("grokfast_ma", "warmup", warmup)
     arguments = {"window": window, "lamb": lamb, "mode": mode, "warmup": warmup}
     ranges = {"window": STEPS, "lamb": NOT_NEGATIVE}
     return chain(ma_filter, derive=ma_scalars, name="grokfast_ma", ranges=ranges, **arguments).named(name)

@@ -76,4 +76,6 @@ def adagn(gammas: tuple[float, float] = (0.7, 0.9), name: str | None = None) -> 
     n1 <- g1 n1 + (1 - g1) |g|        n2 <- g2 n2 + (1 - g2) |g|^2
     g <- g / |g| n1 / (sqrt(n2) + 1e-8), both bias-corrected
     """
-    return chain(norm_of_each, to_target, derive=adagn_scalars, name="adagn", gammas=gammas).named(name)
+    ranges = {"gammas": FRACTION._replace(example=(0.7, 0.9))}
+    made = chain(norm_of_each, to_target, derive=adagn_scalars, name="adagn", ranges=ranges, gammas=gammas)
+    return made.named(name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from ..options import LIMIT, check_number
+from ..options import LIMIT, brief, check_number
 
 
 def pixelwise_clip(
@@ -27,11 +27,12 @@ def pixelwise_clip(
     who = "pixelwise_clip"
     check_number(who, "max_norm", max_norm, LIMIT)
     if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
-        raise TypeError(f"{who}: channel_dim={channel_dim!r}: give a whole number, e.g. 1 for [batch, channel, y, x]")
+        shown = f"{who}: channel_dim={brief(channel_dim)}"
+        raise TypeError(f"{shown}: give a whole number, e.g. 1 for [batch, channel, y, x]")
     if ord not in ("inf", 2):
         raise ValueError(f"{who}: ord={ord!r}: use 'inf' or 2")
     if not isinstance(scaler, GradScaler | None):
-        raise TypeError(f"{who}: scaler={scaler!r}: give the torch.amp.GradScaler of the loss, or None")
+        raise TypeError(f"{who}: scaler={brief(scaler)}: give the torch.amp.GradScaler of the loss, or None")
     return PixelwiseClip(float(max_norm), channel_dim, ord, scaler if scaler and scaler.is_enabled() else None)
 
 
@@ -46,6 +47,8 @@ class PixelwiseClip:
 
     def __call__(self, image: Tensor) -> Tensor:
         """The tensor, unchanged; what comes back to it in backward is clipped."""
+        if not isinstance(image, Tensor):
+            raise TypeError(f"pixelwise_clip: called on {brief(image)}: give the tensor whose gradient it clips")
         if not -image.dim() <= self.channel_dim < image.dim():
             raise ValueError(
                 f"pixelwise_clip: channel_dim={self.channel_dim} is no dimension of a tensor of shape "

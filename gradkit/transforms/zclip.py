@@ -4,7 +4,7 @@ import math
 
 from ..chain import Chain, chain
 from ..ops import absolute, isfinite, minimum, sqrt, where
-from ..options import FRACTION, LIMIT, Range, check_choice
+from ..options import FRACTION, LIMIT, Range, check_choice, check_flag
 from ..transform import derive, measure
 from .clip import scale
 
@@ -88,6 +88,7 @@ def zclip(
     """
     check_choice("zclip", "mode", mode, MODES)
     check_choice("zclip", "clip_option", clip_option, TARGETS)
+    check_flag("zclip", "skip_update_on_spike", skip_update_on_spike)
     arguments = {
         "alpha": alpha,
         "z_thresh": z_thresh,

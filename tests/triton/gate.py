@@ -124,7 +124,7 @@ def table() -> str:
     for name in CHAINS:
         for each in zip(*(passes_of(name, arch) for arch in TARGETS), strict=True):
             (_, ps, first), registers = each[0], [str(found.registers) for _, _, found in each]
-            kernel = f"{name}: {ps.measure.label}" if ps.measure else name
+            kernel = f"{name}: {ps.measure.link.name}" if ps.measure else name
             cells = [kernel, first.read, first.written, f"{first.wide} of {first.accesses}", *registers]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
