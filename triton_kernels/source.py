@@ -196,7 +196,7 @@ class Writer:
         """The whole module; parts: the lines of each place in TEXT."""
         lines = {name: ("\n" + " " * 4 * (1 + (name == "loop"))).join(x) for name, x in parts.items()}
         chain = " -> ".join(x.label for x in self.kind.program.pieces[: self.ps.end + 1])
-        name = "_".join(["gradkit", *(x.label for x in self.kind.program.pieces[: self.ps.end + 1])])[:100]
+        name = f"gradkit_{chain}".replace(" -> ", "_").replace(".", "_")[:100]
         text = TEXT.format(
             title=f"{chain}; parameters {TYPES[self.kind.dtype]}, gradients {TYPES[self.kind.gdtype]}",
             inputs=", ".join(self.inputs),
