@@ -234,6 +234,28 @@ def test_it_says_once_that_estimates_are_missing(caplog):
     assert steps_that_warn(resumed, others, 20, caplog) == [2]
 
 
+@pytest.mark.parametrize("bad", [1.0, torch.nan])
+def test_it_says_once_that_no_estimate_was_finite(bad, caplog):
+    """A call is no estimate: only one that has entered h ends the sign descent."""
+    caplog.set_level(logging.WARNING, "gradkit")
+    params, optimizer = made(hessian_every=3)
+    said = []
+    for t in range(20):
+        give(params, t)
+        if optimizer.hessian_due:
+            optimizer.update_hessian(estimates=[bad * torch.ones_like(p) for p in params])
+        optimizer.step()
+        said += [(t + 1, record.getMessage()) for record in caplog.records]
+        caplog.clear()
+    if bad == 1.0:
+        assert not said
+    else:
+        ((step, message),) = said
+        assert step == 6 and message.startswith(
+            "Sophia: no estimate has entered h in the first 6 steps: each had an inf"
+        )
+
+
 def test_the_win_rate_is_the_share_of_what_is_not_limited():
     p, q = torch.zeros(4, requires_grad=True), torch.zeros(1, requires_grad=True)
     groups = [{"params": [p]}, {"params": [q], "clip": 4.0}]
@@ -285,7 +307,7 @@ ERRORS = [
     ({"estimates": torch.ones(2)}, ValueError, "for 2 parameters; give a list"),
     ({"estimates": [torch.ones(5), torch.ones(4)]}, ValueError, r"estimate 1 is (4,), its parameter (3,); give one"),
     ({"estimates": [torch.ones(5), 1.0]}, ValueError, r"estimate 1 is 1.0, its parameter (3,)"),
-    ({"estimates": dict.fromkeys("ab", torch.ones(99))}, ValueError, "estimates=a dict for 2 parameters; give a list"),
+    ({"estimates": dict.fromkeys("ab", torch.ones(99))}, ValueError, "a dict for 2 parameters; give a list"),
     (
         {"estimates": [torch.ones(5, dtype=torch.int64), None]},
         ValueError,

@@ -185,24 +185,29 @@ class Sophia(Optimizer):
 
     def applied(self) -> None:
         first = self.param_groups[0]
-        stale = self._clock() == first.get("hessian_stale_at")  # so once
-        if not stale and self._clock() == 2.0 * float(first["hessian_every"]):  # were all left out, as not finite?
-            stale = not any(sharding.local(s["hessian"]).any() for s in self.state.values() if "hessian" in s)
-        if stale:
+        who, steps = type(self).__name__, 2.0 * float(first["hessian_every"])
+        if self._clock() == first.get("hessian_stale_at"):  # so once
             log.warning(
                 "%s: no update_hessian() in the last %d steps: h is old, or 0, which makes it sign descent; "
                 "call it when optimizer.hessian_due",
-                type(self).__name__,
-                2 * float(first["hessian_every"]),
+                who,
+                steps,
+            )
+        elif self._clock() == steps and not any(  # at this step alone: it waits for the device
+            sharding.local(s["hessian"]).any() for s in self.state.values() if "hessian" in s
+        ):
+            log.warning(
+                "%s: no estimate has entered h in the first %d steps: each had an infinity or a NaN, or was 0; look at "
+                "the gradients before update_hessian()",
+                who,
+                steps,
             )
 
 
 def checked(who: str, estimates: Any, params: Sequence[Tensor]) -> list[Tensor | None]:
     """The estimates, None for a frozen parameter; raises unless there is one of each parameter's shape, or None."""
     if not isinstance(estimates, list | tuple) or len(estimates) != len(params):
-        found = (
-            f"{len(estimates)} estimates" if isinstance(estimates, list | tuple) else f"estimates={brief(estimates)}"
-        )
+        found = f"{len(estimates)} estimates" if isinstance(estimates, list | tuple) else brief(estimates)
         raise ValueError(f"{who}: {found} for {len(params)} parameters; give a list, in the order of the groups")
     for i, (x, p) in enumerate(zip(estimates, params, strict=True)):
         if x is None:
