@@ -89,7 +89,7 @@ def row(build: Build) -> Row:
         read,
         written,
         fast[0].count("convert_layout"),
-        wide(built.asm, set(sizes)),
+        min(wide(built.asm, set(sizes)), len(sizes)),  # words of a box's item may be read together too
         len(sizes),
         len(re.findall(r"\S*(?:approx|\.full|\.ftz|\bfma)\S*", built.asm.get("ptx", ""))),
     )
@@ -97,7 +97,8 @@ def row(build: Build) -> Row:
 
 def wide(asm: Any, sizes: set[int]) -> int:
     """Accesses of four elements at once: 128 bits of float32, 64 bits of bf16."""
-    forms = {4: r"\bglobal\.v4\.b32\b|\bbuffer_\w+_dwordx4\b", 2: r"\bglobal\.v2\.b32\b|\bbuffer_\w+_dwordx2\b"}
+    amd = r"\b(?:buffer|global)_\w+_dwordx"
+    forms = {4: rf"\bglobal\.v4\.b32\b|{amd}4\b", 2: rf"\bglobal\.v2\.b32\b|{amd}2\b"}
     text = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
     return sum(len(re.findall(forms[size], text)) for size in sizes)
 
