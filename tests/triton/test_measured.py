@@ -256,7 +256,8 @@ def test_a_chain_beside_the_steps_changes_slots_alone(rounding):
     assert not optimizer.state[params[1]]["seen"].any()
 
 
-THOUSANDS = ("long columns", "many columns", "a long vector", "channels_last rows")  # of blocks, which the interpreter takes one by one
+# of thousands of blocks, which the interpreter takes one by one
+THOUSANDS = ("long columns", "many columns", "a long vector", "channels_last rows")
 
 
 @pytest.mark.parametrize("scope", test_rows.BOTH)
