@@ -84,7 +84,7 @@ def test_a_compiler_that_fails_on_the_text_itself_leaves_auto_running(tmp_path, 
     """One that passes the probe, and then has, say, no space left."""
     script = tmp_path / "cc"
     script.write_text('#!/bin/sh\ncase "$*" in *--version*) echo one; exit 0;; esac\ncat > "$0.c"\n'
-                      'grep -q "static void span" "$0.c" && { echo "error: disk full" >&2; exit 1; }\n'
+                      'grep -q "void span(" "$0.c" && { echo "error: disk full" >&2; exit 1; }\n'
                       'args=$(echo "$@" | sed "s| - | $0.c |")\nexec gcc $args\n')  # fmt: skip
     script.chmod(0o755)
     monkeypatch.setenv("CC", str(script))

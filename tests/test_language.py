@@ -216,7 +216,7 @@ def test_measures_and_derives_have_forms_of_their_own():
         return t if t > 0.0 else 0.0
 
     for change, kind, message in (
-        ({"scope": "rows"}, ValueError, "scope='rows'; use 'row', 'tensor' or 'all'"),
+        ({"scope": "rows"}, ValueError, "scope='rows'; use 'row', 'column', 'tensor' or 'all'"),
         ({"reduce": {"t": "median"}}, ValueError, "'median'; use one of sum, mean, max"),
         ({"reduce": {"t": "sum", "v": "sum"}}, RuleError, "returns 1 values; reduce names"),
         ({"finish": needs_two}, RuleError, "finish"),

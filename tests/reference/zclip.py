@@ -27,8 +27,9 @@ class Filter:
 
     def __call__(self, grads, states):
         norm = float(np.sqrt(sum((g * g).astype(np.float64).sum() for g in grads)))
-        if not np.isfinite(norm):
-            return grads
+        if not np.isfinite(norm):  # of finite entries: their squares overflow
+            finite = all(np.isfinite(g).all() for g in grads)
+            return [np.zeros_like(g) for g in grads] if finite else grads
         target = None
         if len(self.first) < self.warmup:
             self.first.append(norm)
