@@ -203,6 +203,8 @@ class Batch:
         self.units = [Units(0, 0, 0) if axis is None else units_of(p, axis) for p in self.params]
         self.first_unit = [0, *accumulate(x.number for x in self.units)]
         self.unit_owner = torch.repeat_interleave(torch.tensor([x.number for x in self.units])).to(self.device)
+        lengths = [n // max(1, x.number) for n, x in zip(self.sizes, self.units, strict=True)]
+        self.unit_numel = torch.tensor(lengths, dtype=torch.float64, device=self.device)[self.unit_owner, None]
         self.by_unit = torch.zeros(len(self.unit_owner), columns, dtype=self.compute, device=self.device)
         self.strides = [p.stride() for p in self.params]
         self.contiguous = all(p.is_contiguous() for p in self.params)

@@ -47,7 +47,10 @@ class Reduction:
         by_unit, over_all = self.link.scope in AXES, self.link.scope == "all"
         parts = [b.backend.reduce(ps) for b, ps in self.parts]
         if self.counts:  # the last column
-            parts = [torch.cat((x, counted(b, by_unit)), 1) for x, (b, _) in zip(parts, self.parts, strict=True)]
+            parts = [
+                torch.cat((x, b.unit_numel if by_unit else b.numel), 1)
+                for x, (b, _) in zip(parts, self.parts, strict=True)
+            ]
         if sharded:
             totals = torch.zeros(len(params), parts[0].shape[1], dtype=torch.float64, device=parts[0].device)
             places = [cut(b, by_unit) for b, _ in self.parts]
@@ -89,14 +92,6 @@ class Reduction:
         return out if isinstance(out, tuple) else (out,)
 
 
-def counted(batch: "Batch", by_unit: bool) -> Tensor:
-    """How many elements each tensor has, or each row or column."""
-    if not by_unit:
-        return batch.numel
-    lengths = [n // max(1, x.number) for n, x in zip(batch.sizes, batch.units, strict=True)]
-    return torch.tensor(lengths, dtype=torch.float64, device=batch.device)[batch.unit_owner, None]
-
-
 def cut(batch: "Batch", by_unit: bool) -> tuple[list[int], list[int]]:
     """What shards may have parts of: places among all parameters, and among the totals. A matrix has its rows whole."""
     if not by_unit:
@@ -119,11 +114,10 @@ def cells_of(batch: "Batch", ps: "Pass") -> list[Tensor]:
 def joined(states: Sequence[dict[str, Any]], names: Sequence[str]) -> Tensor:
     """A table [states, names] of 0-d tensors, which become views of it, unless another plan has joined them already."""
     cells = [s[n] for s in states for n in names]
-    base = cells[0]._base
-    if base is None or base.shape != (len(states), len(names)):
-        base = None
-    if base is None or any(x._base is not base or x.storage_offset() != i for i, x in enumerate(cells)):
-        base = torch.stack(cells).view(len(states), len(names)).clone()
+    base, shape = cells[0]._base, (len(states), len(names))
+    fits = base is not None and base.shape == shape
+    if not fits or any(x._base is not base or x.storage_offset() != i for i, x in enumerate(cells)):
+        base = torch.stack(cells).view(shape).clone()
         for s, row in zip(states, base.unbind(), strict=True):
             s.update(zip(names, row.unbind(), strict=True))
     return base

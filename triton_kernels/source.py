@@ -288,14 +288,14 @@ def measure(kind: "Kind", ps: "Pass") -> Source:
     """The measure of a pass; the last block of what it is over runs its `finish` and gives the results."""
     w, link = writer(kind, ps), ps.measure.link
     finish = w.function(f"finish_{link.finish.__name__}", link.end)
+    if link.scope in AXES:
+        return units(w, finish)
     if link.scope == "all":
         cells = [f"number(step + {w.layout.cells[ps.end] + i})" for i in range(len(link.scalars))]
     else:
         cells = [f"{w.layout.scalar(c)}.to(tl.float64)" for c in kind.program.scalars.of[ps.end]]
     given = [f"v{i}" for i in range(len(link.gives))]
     totals = [f"x{j}" for j in range(len(link.reduce))]
-    if link.scope in AXES:
-        return units(w, finish)
     columns = kind.program.memory
     at = [f"t * {len(columns)} + {columns.index(n)}" if link.scope == "tensor" else i for i, n in enumerate(ps.memory)]
     places = [f"memory + {x}" for x in at]
