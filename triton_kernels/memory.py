@@ -121,6 +121,12 @@ def only(x, ok, FULL: tl.constexpr):
 
 
 @triton.jit
+def rank(x):
+    """Bits in the order of what is not negative. Triton's own maximum drops NaN, whose bits are above infinity's."""
+    return tl.where(x != x, float("nan"), x).to(tl.float64).to(tl.int64, bitcast=True)
+
+
+@triton.jit
 def totals(x, cells, STEP: tl.constexpr, side, units, TILE: tl.constexpr, WIDE: tl.constexpr):
     """Store the sums of each unit: units lie across lanes (side 1) or lines."""
     box = tl.reshape(x.to(tl.float64), [TILE // WIDE, WIDE])
@@ -134,8 +140,7 @@ def totals(x, cells, STEP: tl.constexpr, side, units, TILE: tl.constexpr, WIDE: 
 
 @triton.jit
 def peaks(x, cells, STEP: tl.constexpr, side, units, TILE: tl.constexpr, WIDE: tl.constexpr):
-    bits = tl.where(x != x, float("nan"), x).to(tl.float64).to(tl.int64, bitcast=True)
-    box = tl.reshape(bits, [TILE // WIDE, WIDE])
+    box = tl.reshape(rank(x), [TILE // WIDE, WIDE])
     if side > 0:
         j = tl.arange(0, WIDE)
         tl.store(cells + j * STEP, tl.max(box, 0).to(tl.float64, bitcast=True), mask=j < units)
@@ -174,9 +179,8 @@ def total(x):
 
 @triton.jit
 def peak(x):
-    """The largest of what is not negative. Triton's own maximum drops NaN, whose bits are above those of infinity."""
-    bits = tl.where(x != x, float("nan"), x).to(tl.float64).to(tl.int64, bitcast=True)
-    return tl.max(bits, 0).to(tl.float64, bitcast=True)
+    """The largest of what is not negative."""
+    return tl.max(rank(x), 0).to(tl.float64, bitcast=True)
 
 
 @triton.jit
