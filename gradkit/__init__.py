@@ -10,6 +10,7 @@
 | `SPAM` | Adam that cuts spikes and forgets its momentum | https://arxiv.org/abs/2501.06842 |
 | `StableSPAM` | SPAM with limits and norms that adapt | https://arxiv.org/abs/2502.17055v2 |
 | `Sophia` | a momentum over the Hessian's diagonal, limited | https://arxiv.org/abs/2305.14342 |
+| `SCALE` | gradients of one size for each output, almost without state | https://arxiv.org/abs/2506.16659 |
 | `Optimizer` | your own chain of rules, measures and transforms | |
 """
 
@@ -21,6 +22,7 @@ from .optim.ademamix import AdEMAMix
 from .optim.diffgrad import DiffGrad
 from .optim.grokfast import Grokfast
 from .optim.lion import Lion
+from .optim.scale import SCALE
 from .optim.sophia import Sophia
 from .optim.spam import SPAM
 from .optim.stablespam import StableSPAM
@@ -39,6 +41,7 @@ __all__ = [
     "Lion",
     "Optimizer",
     "RuleError",
+    "SCALE",
     "SPAM",
     "Slot",
     "Sophia",

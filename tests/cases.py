@@ -25,6 +25,7 @@ from tests.reference import (
     grokfast_ma,
     lion,
     norm_growth_limit,
+    scale,
     sgd,
     sophia,
     spam,
@@ -93,6 +94,17 @@ def filtered_adam(betas: Any = (0.9, 0.98), eps: float = 1e-8, **own: Any) -> Li
 def spikes(official_quirks: bool = False, **arguments: Any) -> Links:
     whole = partial(spam.direction, zero_variance=official_quirks, **arguments)
     return {"direction": whole, "decays_after": official_quirks}
+
+
+def scaled(roles: Mapping[int, tuple[str, int | None]]) -> Callable[..., gradkit.Optimizer]:
+    """SCALE with the role and fan-in that a parameter's number of axes has."""
+
+    def build(params: Iterable[Any], **given: Any) -> gradkit.Optimizer:
+        given.pop("roles", None)
+        groups = [{"params": [p], **dict(zip(("role", "fan_in"), roles[p.dim()], strict=True))} for p in params]
+        return gradkit.SCALE(groups, **given)
+
+    return build
 
 
 def masked_adam(**arguments: Any) -> Links:
@@ -299,6 +311,20 @@ CASES = (
                 {"official_quirks": True, "total_steps": 4, "eta_min": 0.3, "amsgrad": True},
                 {"stablespam__total_T_wd": {**QUIRKS, "reset_every": None}},
             ),
+        )
+    ),
+    *(
+        Case(
+            f"scale{name}",
+            scaled(roles),
+            scale.links,
+            {"roles": roles, "momentum": 0.8, "vector_betas": (0.8, 0.95), "vector_eps": 1e-3, **more},
+            limits=("test_scale_gives_each_output_one_size",),
+            exact=False,
+        )
+        for name, roles, more in (
+            ("", {1: ("vector", None), 2: ("embedding", 0), 4: ("last", 1)}, {}),
+            ("_l2", {1: ("vector", None), 2: ("last", 0), 4: ("matrix", 0)}, {"norm": "l2"}),
         )
     ),
     Case(

@@ -29,6 +29,13 @@ ZCLIPS = [(case.name, file) for case in CASES for file in case.golden if file.st
 AGC = "tx_agc__clip0.1"
 OTHERS = ("tx_pgc__nhwc", "tx_pascanu_reg__transcribed")  # no part of a step: the last tests
 CLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_clip")]
+SCALES = {
+    "scale__default": {"lr": 1e-3},
+    "scale__wd_adamlr": {
+        **{"lr": 0.01, "weight_decay": 0.1, "momentum": 0.8, "vector_lr": 0.02},
+        **{"vector_betas": (0.9, 0.95), "vector_eps": 1e-6},
+    },
+}
 
 
 class Golden:
@@ -107,7 +114,7 @@ def fed(golden: Golden, params: list[torch.Tensor], arguments: Mapping[str, Any]
 
 
 def test_every_golden_file_is_replayed():
-    assert {file for _, file in RUNS + CLIPS + ZCLIPS} | {AGC, *OTHERS} == {x.stem for x in FOLDER.glob("*.npz")}
+    assert {file for _, file in RUNS + CLIPS + ZCLIPS} | {AGC, *OTHERS, *SCALES} == {x.stem for x in FOLDER.glob("*.npz")}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -249,3 +256,15 @@ def test_the_vanishing_gradient_penalty_is_the_authors():
     for value, grad in ((omega.item(), weight.grad.numpy()), reference):
         np.testing.assert_allclose(value, arrays["omega"], rtol=relative)
         np.testing.assert_allclose(grad.T, arrays["grad_W_hh"], rtol=relative, atol=relative * largest)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("file", SCALES)
+def test_scale_is_the_authors(file, backend):
+    golden = Golden(file)
+    params = golden.params()
+    roles = ("embedding", "matrix", "vector", "last")
+    groups = [{"params": [p], "role": role} for p, role in zip(params, roles, strict=True)]
+    optimizer = gradkit.SCALE(groups, backend=backend, **SCALES[file])
+    seen = replay(optimizer, params, golden.steps("grad"), backend=backend)
+    golden.assert_followed([[x.numpy() for x in one] for one in seen])

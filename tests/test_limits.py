@@ -387,6 +387,38 @@ def test_zclip_holds_back_a_norm_that_overflows(backend):
 
 
 @each_backend
+def test_scale_gives_each_output_one_size(backend):
+    """And without the head's momentum it is SGD behind column_normalize; its state is that of head and vectors."""
+    torch.manual_seed(0)
+    start = [torch.randn(5, 4), torch.randn(3, 5), torch.randn(3)]
+
+    def run(make):
+        params = [x.clone().requires_grad_() for x in start]
+        optimizer = make(params)
+        replay(optimizer, params, [[np.float32(g) for g in row] for row in grads], backend=backend)
+        return optimizer, params
+
+    grads = [[np.random.default_rng(t).standard_normal(tuple(x.shape)) for x in start] for t in range(3)]
+    roles = ("matrix", "last", "vector")
+
+    def scale(params):
+        groups = [{"params": [p], "role": role} for p, role in zip(params, roles, strict=True)]
+        return gradkit.SCALE(groups, lr=0.1, momentum=0.0, backend=backend)
+
+    optimizer, ours = run(scale)
+    _, theirs = run(lambda p: gradkit.Optimizer(p, tx.column_normalize(), lr=0.1, backend=backend))
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        assert torch.equal(a, b)
+    assert [{*optimizer.state[p]} for p in ours] == [set(), {"exp_avg"}, {"step", "exp_avg", "exp_avg_sq"}]
+    moved = (ours[0] - start[0]).detach()
+    assert moved.abs().max() > 0
+    p = torch.zeros(2, 8, requires_grad=True)
+    one = gradkit.SCALE([{"params": [p], "role": "matrix"}], lr=1.0, backend=backend)
+    replay(one, [p], [[np.arange(16.0).reshape(2, 8)]])
+    assert p.detach().square().mean(1).tolist() == pytest.approx([1.0, 1.0])
+
+
+@each_backend
 def test_the_norm_of_an_update_grows_slowly(backend):
     p = torch.zeros(4, requires_grad=True)
     chained = gradkit.chain(tx.norm_growth_limit(gamma=1.5))

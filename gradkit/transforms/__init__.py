@@ -2,6 +2,7 @@
 
 from .agc import adaptive_clip
 from .clip import clip_by_global_norm, clip_by_norm, clip_by_value, norm_growth_limit, spike_clip
+from .column import column_normalize
 from .filter import grokfast_ema, grokfast_ma
 from .mask import cautious
 from .stable import adaclip, adagn
@@ -16,6 +17,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_norm",
     "clip_by_value",
+    "column_normalize",
     "grokfast_ema",
     "grokfast_ma",
     "norm_growth_limit",

@@ -1,0 +1,27 @@
+"""SCALE's direction; the role of a parameter goes by its number of axes."""
+
+import numpy as np
+
+
+def sized(u, axes, norm):
+    inputs = np.prod([u.shape[a] for a in axes])
+    square = (u.astype(np.float64) ** 2).sum(axes, keepdims=True) / (inputs if norm == "rms" else 1)
+    return (u / np.maximum(np.sqrt(square), 1e-8)).astype(u.dtype)
+
+
+def links(*, roles, momentum=0.9, norm="rms", vector_betas=(0.9, 0.999), vector_eps=1e-8, vector_scale=1.0):
+    """`vector_scale` stands for a vector_lr of so many times lr."""
+
+    def direction(u, state):
+        role, fan_in = roles[u.ndim]
+        if role == "vector":
+            b1, b2 = vector_betas
+            t = state["t"] = state.get("t", 0) + 1
+            m = state["m"] = b1 * state.get("m", 0.0) + (1 - b1) * u
+            v = state["v"] = b2 * state.get("v", 0.0) + (1 - b2) * u * u
+            return vector_scale * np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + vector_eps)
+        if role == "last":
+            u = state["m"] = momentum * state.get("m", 0.0) + (1 - momentum) * u
+        return sized(u, tuple(a for a in range(u.ndim) if a != (0 if fan_in else 1)), norm)
+
+    return {"direction": direction}
