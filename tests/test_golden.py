@@ -114,7 +114,9 @@ def fed(golden: Golden, params: list[torch.Tensor], arguments: Mapping[str, Any]
 
 
 def test_every_golden_file_is_replayed():
-    assert {file for _, file in RUNS + CLIPS + ZCLIPS} | {AGC, *OTHERS, *SCALES} == {x.stem for x in FOLDER.glob("*.npz")}
+    assert {file for _, file in RUNS + CLIPS + ZCLIPS} | {AGC, *OTHERS, *SCALES} == {
+        x.stem for x in FOLDER.glob("*.npz")
+    }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

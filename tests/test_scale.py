@@ -8,7 +8,12 @@ import gradkit
 
 def net() -> torch.nn.Module:
     torch.manual_seed(0)
-    embed, first, norm, head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 9)
+    embed, first, norm, head = (
+        torch.nn.Embedding(9, 4),
+        torch.nn.Linear(4, 6),
+        torch.nn.LayerNorm(6),
+        torch.nn.Linear(6, 9),
+    )
     return torch.nn.ModuleDict({"embed": embed, "first": first, "norm": norm, "lm_head": head})
 
 
@@ -24,7 +29,12 @@ def stepped(optimizer: gradkit.Optimizer) -> gradkit.Optimizer:
 def test_groups_by_role_give_state_to_the_head_and_vectors_only():
     model = net()
     optimizer = gradkit.SCALE(gradkit.param_groups(model), lr=0.1, vector_lr=0.01)
-    assert {g["role"]: g["lr"] for g in optimizer.param_groups} == {"matrix": 0.1, "embedding": 0.1, "last": 0.1, "vector": 0.01}
+    assert {g["role"]: g["lr"] for g in optimizer.param_groups} == {
+        "matrix": 0.1,
+        "embedding": 0.1,
+        "last": 0.1,
+        "vector": 0.01,
+    }
     stepped(optimizer)
     held = {n: {*optimizer.state[p]} for n, p in model.named_parameters()}
     assert held["embed.weight"] == held["first.weight"] == set() and held["lm_head.weight"] == {"exp_avg"}

@@ -31,19 +31,6 @@ class Row:
     coupled: bool = False  # one parameter's gradient changes another's step
 
 
-class Heads(gradkit.SCALE):
-    """Every parameter a last layer."""
-
-    def __init__(self, params: Iterable[Any], **given: Any):
-        params = list(params)
-        super().__init__(params if isinstance(params[0], dict) else [{"params": params}], **given)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if isinstance(param_group, dict):
-            param_group.setdefault("role", "last")
-        super().add_param_group(param_group)
-
-
 def slots(*names: str) -> frozenset[str]:
     return frozenset(names)
 
@@ -70,7 +57,6 @@ ROWS = (
     Row("sophia", SquaresOfGradients, slots("exp_avg", "hessian"), {**EVERY, **DECAYED}),
     Row("zclip", gradkit.AdamW, ADAM, {"transforms": (tx.zclip(warmup_steps=3),)}, exact=False, coupled=True),
     Row("adaptive", gradkit.Lion, slots("exp_avg"), {"transforms": (tx.adaptive_clip(0.5),)}, slots(), exact=False),
-    Row("scale", Heads, slots("exp_avg"), DECAYED, slots(), exact=False),
     Row("bounded", gradkit.AdamW, ADAM, {"transforms": BOUNDED}, exact=False, coupled=True),
 )
 
