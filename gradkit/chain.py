@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from .options import Range, check_number
-from .transform import Derive, Measure, Rule, Slot, Stage
+from .transform import Derive, Measure, Rule, Slot, Stage, check_stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +18,7 @@ class Chain:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     ranges: Mapping[str, Range] = field(default_factory=dict)  # of its arguments
     prefix: str = ""  # of its slots' names, when the user named it
+    stage: Stage | None = None  # of links that come first and have none
 
     def named(self, name: str | None) -> "Chain":
         """This chain under a name that the user gave, which its slots carry too; itself for None."""
@@ -35,6 +36,7 @@ class Chain:
     def place(self, stage: Stage = Stage.GRAD) -> list["Placed"]:
         """Its links in order, each with its scope and its stage: a link without one takes that of the link before."""
         placed: list[Placed] = []
+        stage = stage if self.stage is None else self.stage
         for x in self.items:
             if isinstance(x, Chain):
                 inner = replace(x, prefix=self.prefix + x.prefix) if self.prefix else x
@@ -70,12 +72,19 @@ class Placed(NamedTuple):
 
 
 def chain(
-    *links: Any, derive: Derive | None = None, name: str = "", ranges: Mapping | None = None, **arguments: Any
+    *links: Any,
+    derive: Derive | None = None,
+    name: str = "",
+    ranges: Mapping | None = None,
+    stage: Stage | None = None,
+    **arguments: Any,
 ) -> Chain:
     """Links in order; their scalars come from counters, `derive`, measures before them, `arguments`, and the group.
 
     ranges: where arguments may lie, checked here and in every group.
+    stage: of the links that come first and have none of their own; None: that of the link before the chain.
     """
+    check_stage("chain", stage)
     for n, allowed in (ranges or {}).items():
         if n not in arguments:
             raise ValueError(f"chain: ranges={{{n!r}: ...}}: there is no such argument; it has {', '.join(arguments)}")
@@ -91,7 +100,7 @@ def chain(
         raise TypeError("chain: derive= takes a function decorated with @gradkit.derive(...)")
     if arguments and not name:
         raise ValueError(f"chain: {', '.join(arguments)} need name=: arguments stand in groups as <name>.<argument>")
-    made = Chain(links, _identifier(name) if name else "", derive, arguments, ranges or {})
+    made = Chain(links, _identifier(name) if name else "", derive, arguments, ranges or {}, stage=stage)
     made.place()  # order
     return made
 

@@ -109,6 +109,9 @@ class Optimizer(torch.optim.Optimizer):
         assert self.chain is not None
         return self.chain
 
+    def check_parameter(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise if a parameter doesn't fit its group; asked when it is added, and for each plan: shapes may change."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; everything is checked first."""
         who = type(self).__name__
@@ -137,6 +140,8 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES:
                 use = "torch.view_as_real" if tensor.is_complex() else f"one of {listed(DTYPES)}"
                 raise TypeError(f"{who}: a parameter of dtype {tensor.dtype} is not supported: use {use}")
+            if isinstance(tensor, Tensor):
+                self.check_parameter(tensor, group)
         if self._built:
             names = [p[0] for p in params if isinstance(p, tuple)]
             self._check_names([*self.param_groups, {**group, "param_names": names}])
@@ -252,6 +257,7 @@ class Optimizer(torch.optim.Optimizer):
             names = group.get("param_names") or [""] * len(group["params"])
             for p, name, (i, g) in zip(group["params"], names, numbered, strict=False):
                 if g is not None:
+                    self.check_parameter(p, group)
                     members.setdefault(kind_of(program, p, g, group), []).append(Member(p, i, n, name))
         return [Batch(kind, m, self.param_groups) for kind, m in members.items()]
 

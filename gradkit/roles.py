@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .options import NOT_NEGATIVE, Number, check_choice, check_number, hint
+from .options import NOT_NEGATIVE, Number, check_choice, check_number, hint, listed
 
 ROLES = ("matrix", "embedding", "last", "vector")
 STRONGEST = ("embedding", "last", "matrix", "vector")  # of the uses of a tied tensor
@@ -193,9 +193,37 @@ def by_shape(who: str, params: Iterable[Any]) -> RoleMap:
     warnings.warn(
         f"{who}: the groups have no role, so shapes decide; embeddings and the last layer are taken for hidden "
         f"matrices. Give gradkit.param_groups(model).\n{made}",
-        stacklevel=3,
+        stacklevel=4,  # of who calls the constructor that asked `with_roles`
     )
     return made
+
+
+def with_roles(who: str, params: Any) -> Any:
+    """What an optimizer is given: parameters in groups by shape; all else, groups too, as it is."""
+    if isinstance(params, Tensor):
+        return params  # which torch refuses
+    given = params if isinstance(params, list | tuple) else list(params)
+    loose = (x[1] if isinstance(x, tuple) and len(x) == 2 else x for x in given)
+    return by_shape(who, given).groups() if given and all(isinstance(x, Tensor) for x in loose) else given
+
+
+def check_role(who: str, group: Mapping[str, Any]) -> tuple[str, int]:
+    """A group's role and the fan-in of its matrices; where the group doesn't say it, that of a two-axis weight."""
+    role, fan_in = group.get("role"), group.get("fan_in")
+    if role is None:
+        raise ValueError(f"{who}: a group has no role: use gradkit.param_groups(model), or one of {listed(ROLES)}")
+    check_choice(who, "role", role, ROLES)
+    return role, rows_axis(role, 2) if fan_in is None else fan_in
+
+
+def check_axes(who: str, p: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise if a parameter lacks the axes that its group's role needs."""
+    role, fan_in = check_role(who, group)
+    if role != "vector" and (p.dim() < 2 or fan_in not in range(p.dim())):
+        raise ValueError(
+            f"{who}: a parameter of shape {tuple(p.shape)} can't be {role!r} with fan_in={fan_in}: the role needs two "
+            f"axes and names one; make the groups anew, or give it the role 'vector'"
+        )
 
 
 def found_role(module: nn.Module, own: str, p: Tensor) -> tuple[str, int | None]:

@@ -319,13 +319,25 @@ CASES = (
             scaled(roles),
             scale.links,
             {"roles": roles, "momentum": 0.8, "vector_betas": (0.8, 0.95), "vector_eps": 1e-3, **more},
-            limits=("test_scale_gives_each_output_one_size",),
+            limits=(
+                "test_scale_gives_each_output_one_size",
+                "test_scale_without_the_heads_momentum_is_sgd_behind_column_normalize",
+                "test_scale_takes_vectors_as_adamw_with_vector_lr",
+            ),
             exact=False,
         )
         for name, roles, more in (
             ("", {1: ("vector", None), 2: ("embedding", 0), 4: ("last", 1)}, {}),
             ("_l2", {1: ("vector", None), 2: ("last", 0), 4: ("matrix", 0)}, {"norm": "l2"}),
         )
+    ),
+    Case(
+        "column_normalize",
+        sgd_behind(tx.column_normalize),
+        filtered(scale.filtered),
+        {"norm": "rms"},
+        limits=("test_scale_without_the_heads_momentum_is_sgd_behind_column_normalize",),
+        exact=False,
     ),
     Case(
         "adaclip",

@@ -69,6 +69,47 @@ def test_a_rule_without_a_stage_has_that_of_the_link_before():
         assert [int(x.stage) for x in links.place()] == wanted
 
 
+def test_a_chain_may_say_the_stage_of_its_first_links():
+    for links, wanted in (
+        (chain(plus_one, stage=Stage.UPDATE), [2]),
+        (chain(chain(plus_one), plus_one, stage=Stage.PRECONDITION), [1, 1]),
+        (chain(plus_one, negated, plus_one, stage=Stage.PRECONDITION), [1, 2, 2]),
+        (chain(doubled, chain(plus_one, stage=Stage.PRECONDITION), plus_one), [0, 1, 1]),
+    ):
+        assert [int(x.stage) for x in links.place()] == wanted
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        lambda: chain(negated, chain(plus_one, stage=Stage.PRECONDITION)),
+        lambda: chain(lion, chain(chain(plus_one), stage=Stage.GRAD)),
+        lambda: chain(doubled, stage=Stage.PRECONDITION) and chain(plus_one, doubled, stage=Stage.PRECONDITION),
+    ],
+)
+def test_a_chain_with_a_stage_doesnt_go_back_either(links):
+    with pytest.raises(ValueError, match="(plus_one|doubled) .* stands behind .* the order is GRAD -> PRECONDITION"):
+        links()
+
+
+def test_a_stage_of_a_chain_is_a_stage():
+    with pytest.raises(TypeError, match="chain: stage='update'; use one of Stage.GRAD, Stage.PRECONDITION"):
+        chain(plus_one, stage="update")
+
+
+@each_backend
+def test_l2_comes_before_a_chain_of_the_stage_precondition(backend):
+    g = torch.tensor(G)
+    clip = tx.clip_by_value(0.1, name="own")
+    for stage, wanted in ((Stage.PRECONDITION, (g + 2.0).clamp(-0.1, 0.1)), (None, g.clamp(-0.1, 0.1) + 2.0)):
+        p = torch.ones(g.shape[1], requires_grad=True)
+        made = chain(clip, stage=stage)
+        optimizer = gradkit.Optimizer([p], made, lr=1.0, weight_decay=2.0, decay="l2", backend=backend)
+        p.grad = g[0].clone()
+        optimizer.step()
+        torch.testing.assert_close(1.0 - p.detach(), wanted[0], **CLOSE)
+
+
 def test_two_owners_of_a_slot_are_both_named():
     p = torch.ones(2, requires_grad=True)
     both = chain(chain(adam, derive=adam_scalars), chain(lion, derive=lion_scalars))

@@ -386,36 +386,69 @@ def test_zclip_holds_back_a_norm_that_overflows(backend):
     assert float((p.detach() - before).abs().max()) <= 1.0
 
 
+def scales(start, roles, gradients, backend, **given):
+    """SCALE's parameters after steps with such gradients, and the optimizer."""
+    params = [torch.from_numpy(x).requires_grad_() for x in start]
+    groups = [{"params": [p], **role} for p, role in zip(params, roles, strict=True)]
+    optimizer = gradkit.SCALE(groups, lr=0.1, backend=backend, **given)
+    replay(optimizer, params, gradients, backend=backend)
+    return params, optimizer
+
+
+SIZED = ((5, 4), (3, 5), (2, 3, 2, 2))
+
+
+def sized_run(seed=0):
+    rng = np.random.default_rng(seed)
+    rows = [[rng.standard_normal(s).astype(np.float32) for s in SIZED] for _ in range(4)]
+    return rows[0], rows[1:]
+
+
 @each_backend
-def test_scale_gives_each_output_one_size(backend):
-    """And without the head's momentum it is SGD behind column_normalize; its state is that of head and vectors."""
-    torch.manual_seed(0)
-    start = [torch.randn(5, 4), torch.randn(3, 5), torch.randn(3)]
+@pytest.mark.parametrize("norm", ["rms", "l2"])
+def test_scale_without_the_heads_momentum_is_sgd_behind_column_normalize(backend, norm):
+    given, gradients = sized_run()
+    decayed = {"weight_decay": 0.1, "backend": backend}
+    roles = [{"role": role} for role in ("matrix", "last", "matrix")]
+    ours, optimizer = scales([x.copy() for x in given], roles, gradients, momentum=0.0, norm=norm, **decayed)
+    theirs = [torch.from_numpy(x.copy()).requires_grad_() for x in given]
+    sgd = gradkit.Optimizer(theirs, tx.column_normalize(norm), lr=0.1, **decayed)
+    replay(sgd, theirs, gradients, backend=backend)
+    for n in (0, 2):
+        assert torch.equal(ours[n], theirs[n]) and not torch.equal(ours[n], torch.from_numpy(given[n]))
+    # the head's momentum m + (g - m) is g but for rounding
+    torch.testing.assert_close(ours[1], theirs[1], rtol=CLOSE, atol=CLOSE)
+    momentum, _ = scales([x.copy() for x in given], roles, gradients, norm=norm, **decayed)
+    assert torch.equal(momentum[0], ours[0]) and not torch.allclose(momentum[1], ours[1], rtol=1e-2)
+    assert [{*optimizer.state[p]} for p in ours] == [set(), {"exp_avg"}, set()]
 
-    def run(make):
-        params = [x.clone().requires_grad_() for x in start]
-        optimizer = make(params)
-        replay(optimizer, params, [[np.float32(g) for g in row] for row in grads], backend=backend)
-        return optimizer, params
 
-    grads = [[np.random.default_rng(t).standard_normal(tuple(x.shape)) for x in start] for t in range(3)]
-    roles = ("matrix", "last", "vector")
+@each_backend
+@pytest.mark.parametrize(("norm", "size"), [("rms", 1.0), ("l2", 0.0)])
+def test_scale_gives_each_output_one_size(backend, norm, size):
+    """Of a step 1 the root mean square, or the length, over the inputs: rows, or columns where they lie along axis 0."""
+    gradient = np.arange(24.0, dtype=np.float32).reshape(4, 6) - 7.0
+    for role, inputs in (({"role": "matrix"}, 1), ({"role": "embedding"}, 0), ({"role": "matrix", "fan_in": 0}, 0)):
+        p = torch.zeros(4, 6, requires_grad=True)
+        optimizer = gradkit.SCALE([{"params": [p], **role}], lr=1.0, norm=norm, backend=backend)
+        replay(optimizer, [p], [[gradient]], backend=backend)
+        square = p.detach().square().mean(inputs) if size else p.detach().square().sum(inputs)
+        torch.testing.assert_close(square, torch.ones(6 if inputs == 0 else 4), rtol=CLOSE, atol=0.0)
 
-    def scale(params):
-        groups = [{"params": [p], "role": role} for p, role in zip(params, roles, strict=True)]
-        return gradkit.SCALE(groups, lr=0.1, momentum=0.0, backend=backend)
 
-    optimizer, ours = run(scale)
-    _, theirs = run(lambda p: gradkit.Optimizer(p, tx.column_normalize(), lr=0.1, backend=backend))
-    for a, b in zip(ours[:2], theirs[:2], strict=True):
-        assert torch.equal(a, b)
-    assert [{*optimizer.state[p]} for p in ours] == [set(), {"exp_avg"}, {"step", "exp_avg", "exp_avg_sq"}]
-    moved = (ours[0] - start[0]).detach()
-    assert moved.abs().max() > 0
-    p = torch.zeros(2, 8, requires_grad=True)
-    one = gradkit.SCALE([{"params": [p], "role": "matrix"}], lr=1.0, backend=backend)
-    replay(one, [p], [[np.arange(16.0).reshape(2, 8)]])
-    assert p.detach().square().mean(1).tolist() == pytest.approx([1.0, 1.0])
+@each_backend
+def test_scale_takes_vectors_as_adamw_with_vector_lr(backend):
+    """At the first step its eps counts sqrt(1 - b2) as much, since it stands beside the uncorrected root."""
+    p, v, w = (torch.ones(s, requires_grad=True) for s in ((2, 2), 3, 3))
+    both = [{"params": [p], "role": "matrix"}, {"params": [v], "role": "vector", "weight_decay": 0.1}]
+    ours = gradkit.SCALE(both, lr=0.5, vector_lr=0.01, vector_eps=1e-3, backend=backend)
+    theirs = gradkit.AdamW([w], lr=0.01, eps=1e-3 / (1 - 0.999) ** 0.5, weight_decay=0.1, backend=backend)
+    gradient = np.float32([0.1, -2.0, 1e-3])
+    replay(ours, [p, v], [[np.ones((2, 2), np.float32), gradient]], backend=backend)
+    replay(theirs, [w], [[gradient]], backend=backend)
+    torch.testing.assert_close(v, w, rtol=CLOSE, atol=0.0)
+    moved = [float((x.detach() - 1.0).abs().max()) for x in (v, p)]
+    assert moved[0] < 0.02 < moved[1]
 
 
 @each_backend

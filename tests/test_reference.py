@@ -99,7 +99,9 @@ def test_the_reference_sees_every_mode_of_decay(name):
 def test_the_reference_sees_every_argument(case):
     """Changing any one of them changes the run, so a gradkit that ignored it would be found."""
     other = {
-        **dict.fromkeys(("betas", "gammas"), lambda x: tuple(b * 0.9 + 0.05 for b in x)),
+        **dict.fromkeys(("betas", "gammas", "vector_betas"), lambda x: tuple(b * 0.9 + 0.05 for b in x)),
+        "norm": lambda x: {"rms": "l2", "l2": "rms"}[x],
+        "roles": lambda x: {**x, 2: ("matrix", 1)},
         "amsgrad": lambda x: not x,
         "filter": lambda x: "ema",
         "mode": lambda x: {"zscore": "percentile", "percentile": "zscore"}.get(x, "mean"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import gradkit
-from gradkit.roles import RoleMap, by_shape
+from gradkit.roles import RoleMap, with_roles
 
 
 class Residual(nn.Module):
@@ -410,7 +410,7 @@ def test_without_a_gradient_all_but_vectors_decay(make):
 
 def test_parameters_without_a_model_have_the_roles_of_their_shapes():
     def optimizer(params):  # as one that needs roles: the warning points to its caller
-        return gradkit.AdamW(by_shape("SCALE", params).groups(weight_decay=0.1))
+        return gradkit.AdamW(with_roles("SCALE", params), weight_decay=0.1)
 
     model, names = Translator(), []
     for given in (model.parameters(), model.named_parameters()):

@@ -1,15 +1,19 @@
-"""SCALE: gradients normalised by output, momentum on the last layer only. Glentis et al. 2025, https://arxiv.org/abs/2506.16659"""
+"""SCALE: gradients normalised by output, momentum on the last layer only.
+
+Glentis et al. 2025, https://arxiv.org/abs/2506.16659
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
 from typing_extensions import Unpack
 
 from ..chain import Chain, chain
 from ..ops import lerp
 from ..optimizer import Optimizer
 from ..options import FRACTION, NOT_NEGATIVE, POSITIVE, Number, Options, check_choice
-from ..roles import ROLES, by_shape
+from ..roles import check_axes, check_role, with_roles
 from ..transform import Stage, derive, rule
 from ..transforms.column import NORMS, one_size
 from .adamw import adam
@@ -64,39 +68,36 @@ class SCALE(Optimizer):
         lr: Number = 1e-3,
         weight_decay: Number = 0.0,
         *,
-        momentum: float = 0.9,
+        momentum: Number = 0.9,
         norm: str = "rms",
         vector_lr: Number | None = None,
-        vector_betas: tuple[float, float] = (0.9, 0.999),
-        vector_eps: float = 1e-8,
+        vector_betas: tuple[Number, Number] = (0.9, 0.999),
+        vector_eps: Number = 1e-8,
         **options: Unpack[Options],
     ):
+        who = type(self).__name__
         own: dict[str, Any] = {"momentum": momentum, "norm": norm, "vector_lr": vector_lr}
         own |= {"vector_betas": vector_betas, "vector_eps": vector_eps}
-        super().__init__(with_roles("SCALE", params), lr=lr, weight_decay=weight_decay, **own, **options)
+        super().__init__(with_roles(who, params), lr=lr, weight_decay=weight_decay, **own, **options)
         if all(group["role"] == "vector" for group in self.param_groups):
-            raise ValueError("SCALE: no matrix among the parameters, and vectors get AdamW: use gradkit.AdamW")
+            raise ValueError(f"{who}: no matrix among the parameters, and vectors get AdamW: use gradkit.AdamW")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        role = param_group.get("role") if isinstance(param_group, dict) else None
-        check_choice(type(self).__name__, "role", role, ROLES)
-        vector_lr = param_group.get("vector_lr", self.defaults["vector_lr"])
-        if role == "vector" and vector_lr is not None:
-            param_group.setdefault("lr", vector_lr)
+        if isinstance(param_group, dict) and param_group.get("role") == "vector":
+            vector_lr = param_group.get("vector_lr", self.defaults["vector_lr"])
+            if vector_lr is not None:
+                param_group.setdefault("lr", vector_lr)
         super().add_param_group(param_group)
 
+    def check_parameter(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        check_axes(type(self).__name__, p, group)
+
     def links(self, group: Mapping[str, Any]) -> Chain:
+        role, fan_in = check_role(type(self).__name__, group)
         check_choice(type(self).__name__, "norm", group["norm"], NORMS)
-        if group["role"] == "vector":
+        if role == "vector":
             return chain(adam, derive=vector_scalars)
-        fan_in = group.get("fan_in")
-        fan_in = int(group["role"] != "embedding") if fan_in is None else fan_in
         size = one_size(group["norm"], fan_in)
-        return chain(momentum_alone, *size, derive=momentum_scalars) if group["role"] == "last" else chain(*size)
-
-
-def with_roles(who: str, params: Any) -> Any:
-    """Groups as given, or by shape, where they come without roles."""
-    given = params if isinstance(params, list | tuple) else list(params)
-    grouped = bool(given) and all(isinstance(g, dict) for g in given)
-    return given if not given or grouped else by_shape(who, given).groups()
+        if role == "last":
+            return chain(momentum_alone, *size, derive=momentum_scalars)
+        return chain(*size, stage=Stage.PRECONDITION)  # behind l2, as the momentum is

@@ -1,4 +1,7 @@
-"""Gradients of one size for each output: SCALE's normalisation. Glentis et al. 2025, https://arxiv.org/abs/2506.16659"""
+"""Gradients of one size for each output: SCALE's normalisation.
+
+Glentis et al. 2025, https://arxiv.org/abs/2506.16659
+"""
 
 from typing import Any
 

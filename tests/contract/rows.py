@@ -11,6 +11,7 @@ from torch import Tensor
 import gradkit
 from gradkit import transforms as tx
 from tests.curvature import EVERY, SquaresOfGradients
+from tests.heads import LastLayers
 from tests.tolerance import assert_equal, tolerance
 
 LR = 0.05
@@ -29,6 +30,7 @@ class Row:
     kept: frozenset[str] = frozenset()  # numbers of measures, float64
     exact: bool = True  # no sum and no polynomial function: layout and backend change no bit
     coupled: bool = False  # one parameter's gradient changes another's step
+    other: Mapping[str, Any] = field(default_factory=lambda: {"betas": (0.5, 0.6)})  # what schedulers cycle, elsewhere
 
 
 def slots(*names: str) -> frozenset[str]:
@@ -49,12 +51,13 @@ ROWS = (
     Row("amsgrad", gradkit.AdamW, ADAM | {"max_exp_avg_sq"}, {"amsgrad": True}),
     Row("lion", gradkit.Lion, slots("exp_avg"), DECAYED, counters=slots()),
     Row("diffgrad", gradkit.DiffGrad, ADAM | {"previous_grad"}, DECAYED, exact=False),
-    Row("ademamix", gradkit.AdEMAMix, ADAM | {"exp_avg_slow"}, WARM),
+    Row("ademamix", gradkit.AdEMAMix, ADAM | {"exp_avg_slow"}, WARM, other={"betas": (0.5, 0.6, 0.7)}),
     Row("grokfast_ema", gradkit.Grokfast, ADAM | {"grad_ema"}, DECAYED, FILTERED),
     Row("grokfast_ma", gradkit.Grokfast, ADAM | {"grad_ring", "grad_head", "grad_tail"}, WINDOW, FILTERED),
     Row("spam", gradkit.SPAM, ADAM, SPIKES),
     Row("stablespam", gradkit.StableSPAM, ADAM, STABLE, slots("step", "stat_step"), AVERAGES, exact=False),
     Row("sophia", SquaresOfGradients, slots("exp_avg", "hessian"), {**EVERY, **DECAYED}),
+    Row("scale", LastLayers, slots("exp_avg"), DECAYED, slots(), exact=False, other={"momentum": 0.5}),
     Row("zclip", gradkit.AdamW, ADAM, {"transforms": (tx.zclip(warmup_steps=3),)}, exact=False, coupled=True),
     Row("adaptive", gradkit.Lion, slots("exp_avg"), {"transforms": (tx.adaptive_clip(0.5),)}, slots(), exact=False),
     Row("bounded", gradkit.AdamW, ADAM, {"transforms": BOUNDED}, exact=False, coupled=True),

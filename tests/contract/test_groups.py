@@ -42,8 +42,7 @@ def each_alone(make: Any, given: list[dict[str, Any]], steps: range) -> list[Ten
 
 @pytest.mark.parametrize("make", ALONE, ids=str)
 def test_a_groups_values_override_the_optimizers(make):
-    betas = (0.5, 0.6, 0.7)[: len(make([torch.ones(1)]).defaults["betas"])]
-    given = [{"lr": 0.2}, {"weight_decay": 0.3, "decay": "decoupled"}, {"betas": betas, "maximize": True}]
+    given = [{"lr": 0.2}, {"weight_decay": 0.3, "decay": "decoupled"}, {**make.row.other, "maximize": True}]
     params = parameters()
     optimizer = make([{"params": [p], **own} for p, own in zip(params, given, strict=True)])
     train(optimizer, params, range(5))

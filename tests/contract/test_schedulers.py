@@ -1,6 +1,7 @@
 """Every scheduler of torch.optim.lr_scheduler: what it sets is what the next step uses."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,8 +41,8 @@ def two_groups(params: list[torch.Tensor]) -> list[dict[str, Any]]:
     return [{"params": params[:1]}, {"params": params[1:], "lr": LR / 8}]
 
 
-def scheduled(make: Any, name: str) -> tuple[list[torch.Tensor], Series]:
-    """Parameters after a scheduled run, and each step's lr and betas by group."""
+def scheduled(make: Any, name: str, cycled: str) -> tuple[list[torch.Tensor], Series]:
+    """Parameters after a scheduled run, and each step's lr and betas, or momentum, by group."""
     params = parameters()
     optimizer = make(two_groups(params))
     with warnings.catch_warnings():
@@ -50,12 +51,23 @@ def scheduled(make: Any, name: str) -> tuple[list[torch.Tensor], Series]:
         warnings.filterwarnings("ignore", message="The epoch parameter", category=UserWarning)
         scheduler, series = TABLE[name](optimizer), []
         for t in range(STEPS):
-            series.append([(g["lr"], g["betas"]) for g in optimizer.param_groups])
+            series.append([(g["lr"], g[cycled]) for g in optimizer.param_groups])
             for p, g in zip(params, gradients(params, t), strict=True):
                 p.grad = g
             optimizer.step()
             scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
     return values(params), series
+
+
+def of_torch(cycled: str, value: Any) -> Any:
+    """An optimizer of torch whose betas, or momentum, start there."""
+    cls: Any = torch.optim.AdamW if cycled == "betas" else torch.optim.SGD
+    return partial(cls, lr=LR, **{cycled: value})
+
+
+def first_two(value: Any) -> Any:
+    """Of the betas those that torch's optimizers have."""
+    return tuple(value)[:2] if isinstance(value, tuple | list) else value
 
 
 def test_the_table_has_every_scheduler_of_torch():
@@ -64,15 +76,17 @@ def test_the_table_has_every_scheduler_of_torch():
 
 @each
 def test_a_schedule_is_torchs_and_equals_values_set_by_hand(make, name):
-    ours, series = scheduled(make, name)
-    first = [row[0][1][:2] for row in series][0]
-    _, theirs = scheduled(lambda groups: torch.optim.AdamW(groups, lr=LR, betas=first), name)
-    assert [[(lr, b[:2]) for lr, b in row] for row in series] == [[(lr, tuple(b)) for lr, b in row] for row in theirs]
+    (cycled,) = make.row.other
+    ours, series = scheduled(make, name, cycled)
+    _, theirs = scheduled(of_torch(cycled, first_two(series[0][0][1])), name, cycled)
+    assert [[(lr, first_two(b)) for lr, b in row] for row in series] == [
+        [(lr, first_two(b)) for lr, b in row] for row in theirs
+    ]
     params = parameters()
     optimizer = make(two_groups(params))
     for t, row in enumerate(series):
-        for group, (lr, betas) in zip(optimizer.param_groups, row, strict=True):
-            group["lr"], group["betas"] = lr, betas
+        for group, (lr, value) in zip(optimizer.param_groups, row, strict=True):
+            group["lr"], group[cycled] = lr, value
         for p, g in zip(params, gradients(params, t), strict=True):
             p.grad = g
         optimizer.step()
@@ -84,13 +98,16 @@ def test_a_schedule_is_torchs_and_equals_values_set_by_hand(make, name):
 @each
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 def test_a_schedule_moves_both_backends_alike(row, name):
-    eager, _ = scheduled(Subject(row, "eager"), name)
-    default, _ = scheduled(Subject(row, "auto"), name)
+    (cycled,) = row.other
+    eager, _ = scheduled(Subject(row, "eager"), name, cycled)
+    default, _ = scheduled(Subject(row, "auto"), name, cycled)
     assert_same_numbers(row, default, eager)
 
 
 @pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
 def test_a_cycling_beta_reaches_the_step(make, name):
-    _, series = scheduled(make, name)
-    assert len({row[0][1][0] for row in series}) > 1
-    assert len({len(row[0][1]) for row in series}) == 1 and len({row[0][1][1:] for row in series}) == 1
+    (cycled,) = make.row.other
+    _, series = scheduled(make, name, cycled)
+    rows = [row[0][1] if cycled == "betas" else (row[0][1],) for row in series]
+    assert len({row[0] for row in rows}) > 1
+    assert len({len(row) for row in rows}) == 1 and len({row[1:] for row in rows}) == 1

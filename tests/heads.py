@@ -1,0 +1,24 @@
+"""SCALE for tests that know no roles: every parameter is a last layer, of whatever shape."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+import gradkit
+
+
+class LastLayers(gradkit.SCALE):
+    """SCALE's momentum and normalisation; parameters and groups may come without a role."""
+
+    def __init__(self, params: Any, **given: Any):
+        loose = params if isinstance(params, Tensor) else list(params)
+        grouped = len(loose) == 0 or isinstance(loose, Tensor) or isinstance(loose[0], dict)
+        super().__init__(loose if grouped else [{"params": loose}], **given)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        param_group.setdefault("role", "last")
+        super().add_param_group(param_group)
+
+    def check_parameter(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        """Vectors are one output each."""
