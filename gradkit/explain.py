@@ -20,6 +20,7 @@ def describe(optimizer: "Optimizer") -> str:
     grads = expected(optimizer)
     batches = optimizer.batches(grads)
     lines = [f"{type(optimizer).__name__}: {len(grads)} parameters, {len(batches)} batches"]
+    lines += by_role(optimizer, batches)
     lines += block(optimizer, batches)
     if optimizer.counts_every:
         lines.append(f"every {optimizer.counts_every} steps, counting:")
@@ -47,9 +48,22 @@ def block(optimizer: "Optimizer", batches: "list[Batch]") -> list[str]:
         slots += ", compensation" if batch.rounding == "kahan" else ""
         slots += "".join(f", {n} a tensor" for n in batch.program.memory)
         slots += "".join(f", {n} once" for n in batch.program.shared)
-        lines.append(f"  state: {slots or 'none'}; {held(batch)} bytes; write-back {batch.rounding}")
+        lines.append(f"  state: {slots or 'none'}; {sum(held(batch))} bytes; write-back {batch.rounding}")
         lines.append(f"  backend: {backend.name} ({why})")
     return lines
+
+
+def by_role(optimizer: "Optimizer", batches: "list[Batch]") -> list[str]:
+    """The bytes of state for each role, where groups have roles."""
+    groups = optimizer.param_groups
+    if not any("role" in g for g in groups):
+        return []
+    total = dict.fromkeys((g.get("role", "without a role") for g in groups), 0)
+    for batch in batches:
+        for g, size in zip(batch.group, held(batch), strict=True):
+            total[groups[g].get("role", "without a role")] += size
+    here = " on this rank" if any(b.sharded for b in batches) else ""
+    return [f"state by role{here}: {', '.join(f'{role} {size:,}' for role, size in total.items())} bytes"]
 
 
 def expected(optimizer: "Optimizer") -> list[Tensor | None]:
@@ -74,15 +88,15 @@ def moved(batch: "Batch", ps: "Pass") -> int:
     return batch.gdtype.itemsize + slots + own * (ps.reads_p + ps.writes)
 
 
-def held(batch: "Batch") -> int:
-    """Bytes of all tensors' slots, made or not."""
-    total = 0
+def held(batch: "Batch") -> list[int]:
+    """Bytes of each tensor's slots, made or not."""
+    sizes = []
     for p, g in zip(batch.owners, batch.group, strict=True):
         lengths = {n: batch.program.ring_length(n, batch.groups[g]) or 1 for n in batch.slot_dtypes}
         per = sum(d.itemsize * lengths[n] for n, d in batch.slot_dtypes.items())
         per += batch.dtype.itemsize if batch.rounding == "kahan" else 0
-        total += 8 * len(batch.program.memory) + sharding.local(p).numel() * per
-    return total
+        sizes.append(8 * len(batch.program.memory) + sharding.local(p).numel() * per)
+    return sizes
 
 
 def one_pass(batch: "Batch", ps: "Pass") -> str:

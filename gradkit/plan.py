@@ -299,7 +299,10 @@ def detour(program: Program, p: Tensor, rounding: str) -> str:
             and any(getattr(x, "dim", program.axis) != program.axis for x in placements)
         ):
             parts = "columns" if program.axis else "rows"
-            raise TypeError(f"a measure of {parts} needs them whole: a parameter placed as {placements} is cut across")
+            raise TypeError(
+                f"a measure of {parts} needs them whole: a parameter placed as {placements} is cut across; shard it "
+                f"along dimension {program.axis} (fully_shard takes shard_placement_fn=), or not at all"
+            )
     flat = sharding.local(p.detach())
     if not dense(flat):
         return "not dense in memory"

@@ -219,10 +219,15 @@ def check_role(who: str, group: Mapping[str, Any]) -> tuple[str, int]:
 def check_axes(who: str, p: Tensor, group: Mapping[str, Any]) -> None:
     """Raise if a parameter lacks the axes that its group's role needs."""
     role, fan_in = check_role(who, group)
-    if role != "vector" and (p.dim() < 2 or fan_in not in range(p.dim())):
+    if role != "vector" and p.dim() < 2:
         raise ValueError(
-            f"{who}: a parameter of shape {tuple(p.shape)} can't be {role!r} with fan_in={fan_in}: the role needs two "
-            f"axes and names one; make the groups anew, or give it the role 'vector'"
+            f"{who}: a parameter of shape {tuple(p.shape)} can't be {role!r}, which needs two axes; give it the role "
+            f"'vector', or make the groups from the model as it is now"
+        )
+    if role != "vector" and fan_in not in range(p.dim()):
+        raise ValueError(
+            f"{who}: fan_in={fan_in!r} is no axis of a parameter of shape {tuple(p.shape)}: use one of "
+            f"{listed(range(p.dim()))}"
         )
 
 

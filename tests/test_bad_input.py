@@ -11,6 +11,7 @@ from torch import Tensor
 import gradkit
 from gradkit import chain, rule
 from gradkit import transforms as tx
+from tests.heads import LastLayers
 
 CLASSES = (
     gradkit.AdamW,
@@ -21,7 +22,9 @@ CLASSES = (
     gradkit.SPAM,
     gradkit.StableSPAM,
     gradkit.Sophia,
+    LastLayers,
 )
+HAVE_BETAS = tuple(c for c in CLASSES if c is not LastLayers)
 NAN, INF = math.nan, math.inf
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 NOT_NEGATIVE, FRACTION = "give a number >= 0", "give a number in [0, 1)"
@@ -40,9 +43,6 @@ VALUES: list[tuple[dict[str, Any], type, str]] = [  # of every class: argument, 
     ({"lr": torch.ones(2)}, TypeError, "lr=tensor([1., 1.]): a tensor hyperparameter is 0-d"),
     ({"weight_decay": -0.1}, ValueError, f"weight_decay=-0.1: {NOT_NEGATIVE}"),
     ({"weight_decay": NAN}, ValueError, f"weight_decay=nan: {NOT_NEGATIVE}"),
-    ({"betas": (0.9,)}, ValueError, "betas=(0.9,): give "),
-    ({"betas": (0.1, 0.2, 0.3, 0.4)}, ValueError, "betas=(0.1, 0.2, 0.3, 0.4): give "),
-    ({"betas": 0.9}, ValueError, "betas=0.9: give "),
     ({"backend": "cuda"}, ValueError, f"backend='cuda': {BACKENDS}"),
     ({"backend": "nativ"}, ValueError, f"backend='nativ': {BACKENDS}; did you mean 'native'?"),
     ({"decay": "l1"}, ValueError, f"decay='l1': {DECAYS}"),
@@ -57,6 +57,11 @@ VALUES: list[tuple[dict[str, Any], type, str]] = [  # of every class: argument, 
     ({"wd": 0.1}, TypeError, "unexpected argument wd=0.1"),
     ({"transforms": [tx.clip_by_norm]}, TypeError, "is no chain or transform; call it"),
     ({"transforms": tx.clip_by_norm(1.0)}, TypeError, "transforms="),
+]
+BETAS: list[tuple[dict[str, Any], type, str]] = [  # of every class that has them
+    ({"betas": (0.9,)}, ValueError, "betas=(0.9,): give "),
+    ({"betas": (0.1, 0.2, 0.3, 0.4)}, ValueError, "betas=(0.1, 0.2, 0.3, 0.4): give "),
+    ({"betas": 0.9}, ValueError, "betas=0.9: give "),
 ]
 HAVE_EPS = (gradkit.AdamW, gradkit.DiffGrad, gradkit.AdEMAMix, gradkit.Grokfast, gradkit.SPAM, gradkit.Sophia)
 OF_TWO = (gradkit.AdamW, gradkit.Lion, gradkit.DiffGrad, gradkit.Grokfast, gradkit.SPAM, gradkit.Sophia)
@@ -82,6 +87,14 @@ OWN: list[tuple[Any, dict[str, Any], type, str]] = [  # of some classes
     (gradkit.Grokfast, {"window": 2.5}, ValueError, f"window=2.5: {ONE_UP}"),
     (gradkit.Grokfast, {"filter": "fir"}, ValueError, "filter='fir': use one of 'ema', 'ma'"),
     (gradkit.Grokfast, {"mode": "median"}, ValueError, "mode='median': use one of 'mean', 'sum'"),
+    *((LastLayers, {"momentum": x}, ValueError, f"momentum={x}: {FRACTION}") for x in (1.0, -0.1, NAN)),
+    (LastLayers, {"norm": "max"}, ValueError, "norm='max': use one of 'rms', 'l2'"),
+    (LastLayers, {"norm": 2}, ValueError, "norm=2: use one of 'rms', 'l2'"),
+    (LastLayers, {"vector_lr": -1e-3}, ValueError, f"vector_lr=-0.001: {NOT_NEGATIVE} or None"),
+    (LastLayers, {"vector_betas": (0.9, 1.0)}, ValueError, f"vector_betas[1]=1.0: {FRACTION}"),
+    (LastLayers, {"vector_betas": 0.9}, ValueError, "vector_betas=0.9: give 2 numbers"),
+    (LastLayers, {"vector_eps": 0.0}, ValueError, "vector_eps=0.0: give a number > 0"),
+    (LastLayers, {"betas": (0.9, 0.99)}, TypeError, "unexpected argument betas=(0.9, 0.99)"),
 ]
 NORMS = (tx.clip_by_norm, tx.clip_by_global_norm)
 TRANSFORMS: list[tuple[Any, dict[str, Any], type, str]] = [
@@ -118,6 +131,7 @@ TRANSFORMS: list[tuple[Any, dict[str, Any], type, str]] = [
         "max_norm=a Tensor of shape (3, 64, 64) and dtype",
     ),
     (tx.grokfast_ma, {"mode": "max"}, ValueError, "mode='max': use one of 'mean', 'sum'"),
+    (tx.column_normalize, {"norm": "max"}, ValueError, "norm='max': use one of 'rms', 'l2'"),
 ]
 
 
@@ -149,8 +163,13 @@ def shown(x: Any) -> str:
     return getattr(x, "__name__", str(x)[:60])
 
 
-@each_class
-@pytest.mark.parametrize(("argument", "kind", "message"), VALUES, ids=shown)
+def of_classes(cases: list[Any], of_betas: list[Any]) -> Any:
+    """Each class with each case; those of betas with classes that have some."""
+    rows = [(c, *case) for c in CLASSES for case in (*cases, *(of_betas if c in HAVE_BETAS else []))]
+    return pytest.mark.parametrize(("cls", "argument", "kind", "message"), rows, ids=shown)
+
+
+@of_classes(VALUES, BETAS)
 def test_a_bad_value_of_any_optimizer_is_named_with_what_would_do(cls, argument, kind, message):
     with pytest.raises(kind) as raised:
         cls(model(), **argument)
@@ -235,8 +254,7 @@ def test_a_value_that_would_fill_the_screen_is_named_by_its_kind():
 IN_GROUPS = [case for case in VALUES if next(iter(case[0])) not in ("backend", "decoy", "wd", "transforms")]
 
 
-@each_class
-@pytest.mark.parametrize(("argument", "kind", "message"), IN_GROUPS, ids=shown)
+@of_classes(IN_GROUPS, BETAS)
 def test_a_bad_value_of_a_group_adds_no_group(cls, argument, kind, message):
     optimizer, params = stepped(cls)
     before = snapshot(optimizer, params)
@@ -251,29 +269,27 @@ def test_a_bad_value_of_a_group_adds_no_group(cls, argument, kind, message):
     assert snapshot(optimizer, params) == before
 
 
-EDITS: list[tuple[dict[str, Any], str]] = [
-    ({"decay": "l1", "weight_decay": 0.1}, f"decay='l1': {DECAYS}"),
-    ({"betas": (0.9,)}, "betas=(0.9,): give "),
-    ({"lr": None}, "lr=None"),
-    ({"lr": "fast"}, "lr='fast'"),
-    ({"rounding": "random"}, f"rounding='random': {ROUNDINGS}"),
-    ({"weight_decay": (0.1,)}, "weight_decay=(0.1,)"),
+EDITS: list[tuple[dict[str, Any], type, str]] = [
+    ({"decay": "l1", "weight_decay": 0.1}, ValueError, f"decay='l1': {DECAYS}"),
+    ({"lr": None}, TypeError, "lr=None"),
+    ({"lr": "fast"}, TypeError, "lr='fast'"),
+    ({"rounding": "random"}, ValueError, f"rounding='random': {ROUNDINGS}"),
+    ({"weight_decay": (0.1,)}, TypeError, "weight_decay=(0.1,)"),
 ]
 
 
-@each_class
-@pytest.mark.parametrize(("edit", "message"), EDITS, ids=shown)
-def test_a_group_edited_to_what_cannot_run_is_refused_at_the_step(cls, edit, message):
+@of_classes(EDITS, [({"betas": (0.9,)}, ValueError, "betas=(0.9,): give ")])
+def test_a_group_edited_to_what_cannot_run_is_refused_at_the_step(cls, argument, kind, message):
     """A number out of its range is the user's own, as in torch; a value of another kind has no meaning."""
     optimizer, params = stepped(cls)
-    optimizer.param_groups[0].update(edit)
+    optimizer.param_groups[0].update(argument)
     before = snapshot(optimizer, params)
-    with pytest.raises((ValueError, TypeError)) as raised:
+    with pytest.raises(kind) as raised:
         optimizer.step()
     assert message in str(raised.value) and snapshot(optimizer, params) == before
 
 
-@pytest.mark.parametrize("cls", [c for c in CLASSES if c is not gradkit.Lion], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", [c for c in HAVE_BETAS if c is not gradkit.Lion], ids=lambda c: c.__name__)
 def test_a_derive_that_fails_in_the_middle_of_a_run_changes_nothing(cls):
     """beta1 = 1 divides by zero: an error of Python's own, but before clock and counters have moved."""
     optimizer, params = stepped(cls)

@@ -215,6 +215,24 @@ def test_groups_and_dtypes_that_run_apart_have_blocks_of_their_own():
     assert "1 tensors, 20 elements" in gradkit.Lion(frozen).explain()
 
 
+@pytest.mark.parametrize(
+    ("given", "slots"), [({}, 8), ({"rounding": "kahan"}, 10), ({"state_dtype": BF16}, 4)], ids=str
+)
+def test_where_groups_have_roles_the_state_is_told_by_role(given, slots):
+    """Whatever the optimizer; slots, and what a write-back keeps."""
+    params = parameters(BF16)
+    groups = [{"params": [p], "role": role} for p, role in zip(params, ("matrix", "vector"), strict=True)]
+    more = torch.ones(1000, 3, requires_grad=True)
+    optimizer = gradkit.AdamW([*groups, {"params": [more]}], **given)
+    lines = optimizer.explain().splitlines()
+    rest = 3000 * (4 if "state_dtype" in given else 8)
+    assert lines[1] == f"state by role: matrix {80 * slots}, vector {20 * slots}, without a role {rest:,} bytes"
+    optimizer.init_state()
+    held = sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.dim())
+    assert held == 100 * slots + rest
+    assert "by role" not in gradkit.AdamW(params, **given).explain()
+
+
 @each_backend
 def test_trace_names_each_link_and_what_flows_behind_it(backend):
     params = parameters()

@@ -426,7 +426,7 @@ def test_scale_without_the_heads_momentum_is_sgd_behind_column_normalize(backend
 @each_backend
 @pytest.mark.parametrize(("norm", "size"), [("rms", 1.0), ("l2", 0.0)])
 def test_scale_gives_each_output_one_size(backend, norm, size):
-    """Of a step 1 the root mean square, or the length, over the inputs: rows, or columns where they lie along axis 0."""
+    """1 in the root mean square, or in length, over the inputs: of rows, or of columns where they lie along axis 0."""
     gradient = np.arange(24.0, dtype=np.float32).reshape(4, 6) - 7.0
     for role, inputs in (({"role": "matrix"}, 1), ({"role": "embedding"}, 0), ({"role": "matrix", "fan_in": 0}, 0)):
         p = torch.zeros(4, 6, requires_grad=True)

@@ -5,6 +5,7 @@ Growth of a norm over time: Chen et al. 2024, https://arxiv.org/abs/2410.01623
 """
 
 import math
+from typing import Any
 
 from ..chain import Chain, chain
 from ..language import fn
@@ -123,7 +124,7 @@ def spike_clip(threshold: float = 5000.0, beta2: float = 0.999, name: str | None
 
     SPAM's test for any optimizer, with a mean square of its own: one slot. A NaN passes, and is not counted.
     """
-    arguments = {"threshold": threshold, "beta2": beta2}
+    arguments: dict[str, Any] = {"threshold": threshold, "beta2": beta2}
     ranges = {"threshold": LIMIT, "beta2": FRACTION}
     return chain(cut_spikes, derive=spike_scalars, name="spike_clip", ranges=ranges, **arguments).named(name)
 

@@ -1,5 +1,7 @@
 """Filters of the gradient over time: Grokfast's two. Lee et al. 2024, https://arxiv.org/abs/2405.20233"""
 
+from typing import Any
+
 import torch
 
 from ..chain import Chain, chain
@@ -68,6 +70,6 @@ def grokfast_ma(
     """
     check_choice("grokfast_ma", "mode", mode, AVERAGES)
     check_flag("grokfast_ma", "warmup", warmup)
-    arguments = {"window": window, "lamb": lamb, "mode": mode, "warmup": warmup}
+    arguments: dict[str, Any] = {"window": window, "lamb": lamb, "mode": mode, "warmup": warmup}
     ranges = {"window": STEPS, "lamb": NOT_NEGATIVE}
     return chain(ma_filter, derive=ma_scalars, name="grokfast_ma", ranges=ranges, **arguments).named(name)

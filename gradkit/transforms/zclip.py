@@ -1,6 +1,7 @@
 """ZClip: a limit for the norm of all gradients that follows its statistics. Kumar et al. 2025, https://arxiv.org/abs/2504.02507"""
 
 import math
+from typing import Any
 
 from ..chain import Chain, chain
 from ..ops import absolute, isfinite, minimum, sqrt, where
@@ -89,7 +90,7 @@ def zclip(
     check_choice("zclip", "mode", mode, MODES)
     check_choice("zclip", "clip_option", clip_option, TARGETS)
     check_flag("zclip", "skip_update_on_spike", skip_update_on_spike)
-    arguments = {
+    arguments: dict[str, Any] = {
         "alpha": alpha,
         "z_thresh": z_thresh,
         "max_grad_norm": max_grad_norm,

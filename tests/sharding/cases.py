@@ -1,8 +1,9 @@
 """What has to hold on every rank: each case is one function, run on two ranks that know only their own shards."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,17 @@ from tests.sharding.units import equal, full, line, near, shard
 from tests.sharding.world import RANKS
 
 BACKENDS = ("eager", "chunked", "native")
+
+
+def scale(groups: Iterable[dict], **given: Any) -> gradkit.Optimizer:
+    """SCALE: the matrix of seven rows is a hidden one, the others are last layers."""
+    alone = [{**g, "params": [p]} for g in groups for p in g["params"]]
+    for g in alone:
+        (p,) = g["params"]
+        g["role"] = "vector" if p.dim() < 2 else "matrix" if len(p) == 7 else "last"
+    return gradkit.SCALE(alone, **given)
+
+
 OPTIMIZERS = {
     "AdamW": gradkit.AdamW,
     "Lion": gradkit.Lion,
@@ -45,6 +57,7 @@ OPTIMIZERS = {
     "SPAM": partial(gradkit.SPAM, reset_every=2, clip_free_steps=1, threshold=3.0),
     "StableSPAM": partial(gradkit.StableSPAM, reset_every=2),
     "Sophia": partial(SquaresOfGradients, **EVERY),
+    "SCALE": scale,
 }
 
 

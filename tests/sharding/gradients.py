@@ -100,6 +100,25 @@ def rows_that_are_cut_are_refused(_: Path) -> None:
     assert torch.equal(before, p.detach().to_local())
 
 
+def an_embedding_that_is_cut_between_its_rows_is_refused(_: Path) -> None:
+    """As fully_shard cuts it unless it is told otherwise; cut along the other dimension it takes the plain step."""
+    torch.manual_seed(5)
+    start, g, ends = torch.randn(6, 4), torch.randn(6, 4), []
+    for where in (Shard(0), Shard(1), Replicate(), None):
+        p = nn.Parameter(start.clone() if where is None else shard(start, where))
+        p.grad = g.clone() if where is None else shard(g, where)
+        optimizer = gradkit.SCALE([{"params": [p], "role": "embedding"}], lr=0.1)
+        if where == Shard(0):
+            told = r"columns needs them whole: .*dim=0.* is cut across; shard it along dimension 1 .*shard_placement_fn"
+            with pytest.raises(TypeError, match=told):
+                optimizer.step()
+            assert torch.equal(full(p.detach()), start) and float(optimizer.param_groups[0]["clock"]) == 0
+        else:
+            optimizer.step()
+            ends.append(full(p.detach()))
+    assert torch.equal(ends[0], ends[2]) and torch.equal(ends[1], ends[2]) and not torch.equal(ends[2], start)
+
+
 def an_estimate_with_a_nan_on_one_rank_is_left_out_on_all(_: Path) -> None:
     split, other = (nn.Parameter(shard(torch.ones(4), Shard(0))) for _ in range(2))
     optimizer = gradkit.Sophia([split, other], betas=(0.0, 0.5))
@@ -121,6 +140,7 @@ def ranks_agree_on_a_win_rate(_: Path) -> None:
 
 LAWS = (
     rows_that_are_cut_are_refused,
+    an_embedding_that_is_cut_between_its_rows_is_refused,
     an_estimate_with_a_nan_on_one_rank_is_left_out_on_all,
     ranks_agree_on_a_win_rate,
     meshes_of_one_and_two_dimensions_step_together,

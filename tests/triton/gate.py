@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +20,14 @@ BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 BF16 = torch.bfloat16
 CLIP = {"transforms": [clip_by_global_norm(1.0)]}
 FIVE = {"transforms": [clip_by_norm(1.0), grokfast_ema(), cautious()], "decay": "cautious", "weight_decay": 0.1}
+
+
+def scale(params: list[torch.nn.Parameter], role: str) -> gradkit.Optimizer:
+    return gradkit.SCALE([{"params": params, "role": role}])
+
+
 # each optimizer as users run it; of those with transforms every pass is a row
-CHAINS: dict[str, tuple[type, torch.dtype, dict[str, Any]]] = {
+CHAINS: dict[str, tuple[Callable[..., gradkit.Optimizer], torch.dtype, dict[str, Any]]] = {
     "AdamW": (gradkit.AdamW, torch.float32, {}),
     "AdamW bf16": (gradkit.AdamW, BF16, {}),
     "AdamW bf16, stochastic": (gradkit.AdamW, BF16, {"rounding": "stochastic"}),
@@ -42,6 +48,9 @@ CHAINS: dict[str, tuple[type, torch.dtype, dict[str, Any]]] = {
     "SPAM": (gradkit.SPAM, torch.float32, {}),
     "StableSPAM": (gradkit.StableSPAM, torch.float32, {}),
     "Sophia": (gradkit.Sophia, torch.float32, {}),
+    "SCALE, last layer": (scale, torch.float32, {"role": "last"}),
+    "SCALE, embedding": (scale, torch.float32, {"role": "embedding"}),
+    "SCALE, embedding bf16": (scale, BF16, {"role": "embedding"}),
     "own chain of five links": (gradkit.AdamW, torch.float32, FIVE),
 }
 
@@ -60,10 +69,10 @@ class Row(NamedTuple):
 
 
 def optimizer_of(name: str) -> gradkit.Optimizer:
-    cls, dtype, options = CHAINS[name]
-    p = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
+    make, dtype, options = CHAINS[name]
+    p = torch.nn.Parameter(torch.zeros(2, 2, dtype=dtype))
     p.grad = torch.zeros_like(p)
-    return cls([p], **options)
+    return make([p], **options)
 
 
 def passes_of(name: str, arch: str) -> Iterator[tuple[Batch, Pass, Row]]:
