@@ -71,7 +71,7 @@ def affordable(rounds: int, seconds: float) -> int:
     return min(rounds, max(LEAST_ROUNDS, int(SMALL_BUDGET / max(seconds, 1e-9))))
 
 
-def figures(times: Mapping[str, Sequence[float]], row: str, elements: int, bytes_: int) -> dict[str, Any]:
+def figures(times: Mapping[str, Sequence[float]], row: str, elements: int, bytes_: float) -> dict[str, Any]:
     """What is reported of one race, in milliseconds and ratios."""
     ms = {name: 1e3 * median(seconds) for name, seconds in times.items()}
     ratio = ms[row] / ms["fused"]

@@ -1,8 +1,10 @@
 """What is measured: gradkit's optimizers, torch's, those of other packages, and a chain as a user writes it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
+from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,9 @@ from gradkit import Stage, chain, derive, rule
 from gradkit.ops import absolute, lerp, sign, sqrt, where
 from gradkit.transforms import clip_by_global_norm, clip_by_value
 
-Make = Callable[[list[torch.nn.Parameter]], Any]  # -> something with step()
+from .shapes import Tensors
+
+Make = Callable[[list[Any]], Any]  # of parameters, or groups -> something with step()
 LR, DECAY = 1e-3, 1e-2
 
 
@@ -26,6 +30,32 @@ class Row(NamedTuple):
     dtype: torch.dtype = torch.float32
     limits: str = ""  # which bars hold for it
     also: tuple[str, ...] = ()  # rows that take a step in the same rounds
+    roles: Mapping[str, int] = MappingProxyType({})  # where they differ, the bytes of each
+
+    def bytes_on(self, tensors: Tensors) -> float:
+        """An element's, the mean of a model."""
+        if not self.roles:
+            return self.bytes
+        sizes = [prod(shape) for shape in tensors]
+        return sum(n * self.roles[r] for n, r in zip(sizes, roles_of(tensors), strict=True)) / sum(sizes)
+
+
+def roles_of(tensors: Tensors) -> list[str]:
+    """What shapes alone, without modules, are measured as: the final matrix is the last layer."""
+    last = max((i for i, shape in enumerate(tensors) if len(shape) > 1), default=-1)
+    return ["vector" if len(shape) < 2 else "last" if i == last else "matrix" for i, shape in enumerate(tensors)]
+
+
+def by_role(make: Make) -> Make:
+    """With a group for each role."""
+
+    def grouped(params: list[torch.nn.Parameter]) -> Any:
+        groups: dict[str, dict[str, Any]] = {}
+        for p, role in zip(params, roles_of([tuple(p.shape) for p in params]), strict=True):
+            groups.setdefault(role, {"params": [], "role": role})["params"].append(p)
+        return make([*groups.values()])
+
+    return grouped
 
 
 # a user's own chain of five links
@@ -93,32 +123,41 @@ class WithClip:
 BYTES = {"AdamW": 28, "Lion": 20, "DiffGrad": 36, "AdEMAMix": 36, "Grokfast": 36, "SPAM": 28, "StableSPAM": 36}
 # The slots are float32.
 BF16_BYTES = {"AdamW": 22, "Lion": 14, "DiffGrad": 30, "AdEMAMix": 30, "Grokfast": 30, "SPAM": 22, "StableSPAM": 26}
+# The last layer's momentum is read once more, by the measure.
+ROLES = {"SCALE": {"matrix": 16, "last": 28, "vector": 28}}
+BF16_ROLES = {"SCALE": {"matrix": 8, "last": 20, "vector": 22}}
 
 
 CLIPPED, CLIPPED_BF16 = (f"torch AdamW fused{dtype}, clip_grad_norm_" for dtype in ("", " bf16"))
 
 
-def elementwise(limits: str, backend: str) -> list[Row]:
+def with_roles(roles: Mapping[str, Mapping[str, int]], backend: str, name: str, *dtype: torch.dtype) -> list[Row]:
+    """The optimizers that take roles; their bytes are those of most elements."""
+    makes = {n: by_role(of("gradkit", n, backend=backend)) for n in roles}
+    return [Row(name.format(n), "gradkit", n, x["matrix"], makes[n], *dtype, roles=x) for n, x in roles.items()]
+
+
+def in_float32(limits: str, backend: str) -> list[Row]:
     """What both suites measure of ours in float32."""
     clip = of("gradkit", "AdamW", transforms=[clip_by_global_norm(1.0)], backend=backend)
     own = partial(own_chain, backend=backend)
     plain = [Row(f"gradkit {n}", "gradkit", n, b, of("gradkit", n, backend=backend)) for n, b in BYTES.items()]
     clipped = Row("gradkit AdamW, global clip", "gradkit", "AdamW, clip", 32, clip, also=(CLIPPED,))
-    rows = [*plain, clipped, Row("gradkit, own chain of five links", "gradkit", "own", 36, own)]
+    rows = [*plain, *with_roles(ROLES, backend, "gradkit {}"), clipped]
+    rows.append(Row("gradkit, own chain of five links", "gradkit", "own", 36, own))
     return [row._replace(limits=limits) for row in rows]
 
 
 def in_bf16(backend: str) -> list[Row]:
-    return [
-        Row(f"gradkit {n} bf16", "gradkit", n, b, of("gradkit", n, backend=backend), torch.bfloat16)
-        for n, b in BF16_BYTES.items()
-    ]
+    low, makes = torch.bfloat16, {n: of("gradkit", n, backend=backend) for n in BF16_BYTES}
+    rows = [Row(f"gradkit {n} bf16", "gradkit", n, b, makes[n], low) for n, b in BF16_BYTES.items()]
+    return [*rows, *with_roles(BF16_ROLES, backend, "gradkit {} bf16", low)]
 
 
 def ours() -> list[Row]:
     chunked, eager = (of("gradkit", "AdamW", backend=b) for b in ("chunked", "eager"))
     return [
-        *elementwise("native", "auto"),
+        *in_float32("native", "auto"),
         *in_bf16("auto"),
         Row("gradkit AdamW chunked", "gradkit", "AdamW", 28, chunked, limits="chunked", also=("torch AdamW foreach",)),
         Row("gradkit AdamW eager", "gradkit", "AdamW", 28, eager),
@@ -131,7 +170,7 @@ def ours_on_gpu(backend: str) -> list[Row]:
     kahan, stochastic = (of("gradkit", "AdamW", backend=backend, rounding=r) for r in ("kahan", "stochastic"))
     low, (low_adamw, *others) = torch.bfloat16, in_bf16(backend)
     return [
-        *elementwise("triton", backend),
+        *in_float32("triton", backend),
         low_adamw._replace(limits="triton", also=("torch AdamW fused bf16",)),
         *(row._replace(limits="triton") for row in others),
         Row("gradkit AdamW bf16, global clip", "gradkit", "AdamW, clip", 24, clip, low, "triton", (CLIPPED_BF16,)),

@@ -1,9 +1,9 @@
 """The parameters' shapes of real models, in the models' order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-Tensors = tuple[tuple[int, ...], ...]
+Tensors = Sequence[tuple[int, ...]]
 
 
 class Shape(NamedTuple):
@@ -76,7 +76,7 @@ def llama() -> Iterator[tuple[int, ...]]:
 RESNET50 = Shape("resnet50", "ResNet-50", tuple(resnet50()), 15)
 GPT2 = Shape("gpt2", "GPT-2", tuple(gpt2()), 9)
 MLP = Shape("mlp", "MLP", ((100, 89), (100,), (10, 100), (10,)), 300)
-HOST = Shape("host", "300 tensors of one element", ((1,),) * 300, 300)
+HOST = Shape("host", "300 tensors of one element", ((1, 1),) * 300, 300)
 FULL = (RESNET50, GPT2, MLP, HOST)
 LLAMA = Shape("llama", "Llama 1B", tuple(llama()), 15)
 RACED = (RESNET50, GPT2, LLAMA)  # those that are timed beside fused AdamW and a copy
@@ -87,4 +87,4 @@ SMALL = ((40, 30), (30,), (7, 5, 3), (1,))
 
 def quick(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     """The same parts on next to nothing."""
-    return tuple(s._replace(tensors=SMALL if s.key != "host" else ((1,),) * 3, rounds=3) for s in shapes)
+    return tuple(s._replace(tensors=SMALL if s.key != "host" else ((1, 1),) * 3, rounds=3) for s in shapes)

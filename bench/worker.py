@@ -68,7 +68,7 @@ class Worker:
         rounds = min(shape.rounds, max(protocol.LEAST_ROUNDS, int(10 / seconds)))
         times = protocol.race(contenders, rounds, place.seconds)
         clocks = place.clocks()
-        part = protocol.figures(times, row.name, model.elements, row.bytes)
+        part = protocol.figures(times, row.name, model.elements, row.bytes_on(shape.tensors))
         step = median(times[row.name])
         part |= {"extra_mib": extra, "construct_s": constructing, "first_step_s": first, "startup_s": first - step}
         if row.limits == "triton":

@@ -14,7 +14,7 @@ import torch
 
 from bench import __main__ as main
 from bench import bars, devices, protocol, report
-from bench.rows import BF16_BYTES, BYTES, ROWS, Row, of
+from bench.rows import BF16_BYTES, BF16_ROLES, BYTES, ROLES, ROWS, Row, of, roles_of
 from bench.shapes import FULL, GPT2, LLAMA, MLP, ON_GPU, RESNET50, quick
 from bench.worker import Worker
 
@@ -130,14 +130,29 @@ def test_extra_memory_sees_a_temporary_that_is_gone_after_the_step():
 
 @pytest.mark.parametrize("row", [r for r in ROWS.values() if r.package == "gradkit"], ids=lambda r: r.name)
 def test_bytes_of_a_row_are_those_of_its_plan(row):
-    optimizer = row.make([torch.nn.Parameter(torch.ones(3, dtype=row.dtype))])
-    assert f"; {row.bytes} bytes an element" in optimizer.explain()
+    assert_bytes(row)
+
+
+def assert_bytes(row):
+    """Of a hidden matrix, a last one and a vector: each role's own where they differ."""
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=row.dtype)) for shape in ((2, 3), (3, 2), (3,))]
+    told = re.findall(r"launches: .*; (\d+) bytes an element", row.make(params).explain())
+    assert told == [str(n) for n in (row.roles.values() or [row.bytes])] and row.bytes == int(told[0])
+
+
+def test_roles_have_the_mean_of_their_bytes():
+    row = ROWS["gradkit SCALE"]
+    assert row.bytes_on(RESNET50.tensors) == pytest.approx(16 + 12 * (2_048_000 + 54_120) / RESNET50.elements)
+    assert row.bytes_on(GPT2.tensors) == pytest.approx(16 + 12 * (3072 * 768 + 121_344) / GPT2.elements)
+    assert ROWS["gradkit Lion"].bytes_on(GPT2.tensors) == 20
+    assert bars.ratio_limit(row, GPT2) == pytest.approx(1.25 * row.bytes_on(GPT2.tensors) / 28)
+    assert roles_of(((3,), (2, 2), (4, 1, 1), (5,))) == ["vector", "matrix", "last", "vector"]
 
 
 def test_the_optimizers_and_the_chain_have_bars():
-    wanted = {"AdamW", "Lion", "DiffGrad", "AdEMAMix", "Grokfast", "SPAM", "StableSPAM", "own"}
+    wanted = {"AdamW", "Lion", "DiffGrad", "AdEMAMix", "Grokfast", "SPAM", "StableSPAM", "SCALE", "own"}
     assert wanted <= {row.algorithm for row in NATIVE}
-    assert BYTES.keys() == BF16_BYTES.keys()
+    assert BYTES.keys() == BF16_BYTES.keys() and ROLES.keys() == BF16_ROLES.keys()
 
 
 def test_the_own_chain_has_five_links():
@@ -153,10 +168,10 @@ def test_adamw_may_take_as_long_as_fused(ratio, verdict):
 
 
 def test_other_rows_may_take_a_tenth_more_than_their_bytes():
-    assert bars.ratio_limit(ROWS["gradkit Lion"]) == pytest.approx(1.1 * 20 / 28)
-    assert bars.ratio_limit(ROWS["gradkit AdEMAMix"]) == pytest.approx(1.1 * 36 / 28)
-    assert bars.ratio_limit(ROWS["gradkit SPAM"]) == pytest.approx(1.1)  # AdamW's bytes, not AdamW's bar
-    assert bars.ratio_limit(ROWS["gradkit StableSPAM"]) == pytest.approx(1.1 * 36 / 28)
+    assert bars.ratio_limit(ROWS["gradkit Lion"], GPT2) == pytest.approx(1.1 * 20 / 28)
+    assert bars.ratio_limit(ROWS["gradkit AdEMAMix"], GPT2) == pytest.approx(1.1 * 36 / 28)
+    assert bars.ratio_limit(ROWS["gradkit SPAM"], GPT2) == pytest.approx(1.1)  # AdamW's bytes, not AdamW's bar
+    assert bars.ratio_limit(ROWS["gradkit StableSPAM"], GPT2) == pytest.approx(1.1 * 36 / 28)
 
 
 @pytest.mark.parametrize("algorithm", ["SPAM", "StableSPAM"])
@@ -211,18 +226,19 @@ def test_parts_are_found_between_what_a_package_prints():
 
 def test_a_quick_run_writes_the_record_the_table_and_the_plot(tmp_path):
     pytest.importorskip("matplotlib", reason="the plot is drawn by matplotlib, of the extra bench")
-    names = ["gradkit Lion", "flashoptim FlashLion"]
+    names = ["gradkit Lion", "flashoptim FlashLion", "gradkit SCALE"]
     command = [sys.executable, "-m", "bench", "--quick", "--out", str(tmp_path), "--rows", *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("cpu-*.json")
     data = json.loads(file.read_text())
     assert {"date", "commit", "device", "cpu", "threads", "python", "torch", "gradkit", "protocol"} <= data.keys()
-    ours, peer = data["rows"]
-    for part in (ours["resnet50"], ours["gpt2"]):
+    ours, peer, roles = data["rows"]
+    for part in (ours["resnet50"], ours["gpt2"], roles["gpt2"]):
         assert {"ms", "fused_ms", "ratio", "ratio_per_byte", "copy_share", "extra_mib", "startup_s"} <= part.keys()
         assert part["rounds"] == 3
-    assert ours["mlp"].keys() >= {"us", "torch_us", "ratio"} and ours["host"].keys() >= {"us", "moved_us"}
+    for row in (ours, roles):
+        assert row["mlp"].keys() >= {"us", "torch_us", "ratio"} and row["host"].keys() >= {"us", "moved_us"}
     assert ours["bars"] and not peer["bars"]
     assert find_spec("flashoptim") or peer["resnet50"]["why"].startswith("ModuleNotFoundError")
     page = file.with_suffix(".md").read_text()

@@ -16,6 +16,7 @@ from bench import bars, devices, protocol, report
 from bench.rows import GPU_ROWS, ROWS, ours_on_gpu
 from bench.shapes import GPT2, LLAMA, RESNET50
 from bench.suites import SUITES
+from tests.test_bench import assert_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 TRITON = [row for row in GPU_ROWS.values() if row.limits == "triton"]
@@ -24,8 +25,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is sai
 
 @pytest.mark.parametrize("row", ours_on_gpu("eager"), ids=lambda row: row.name)
 def test_bytes_of_a_row_are_those_of_its_plan(row):
-    optimizer = row.make([torch.nn.Parameter(torch.ones(3, dtype=row.dtype))])
-    assert f"; {row.bytes} bytes an element" in optimizer.explain()
+    assert_bytes(row)
 
 
 def test_a_row_of_ours_names_the_backend_and_what_runs_beside_it():
@@ -33,10 +33,10 @@ def test_a_row_of_ours_names_the_backend_and_what_runs_beside_it():
     assert {row.name for row in TRITON} < {row.name for row in ours_on_gpu("triton")}
     for row in TRITON:
         with pytest.raises(RuntimeError, match="backend='triton'"):
-            row.make([torch.nn.Parameter(torch.ones(3, dtype=row.dtype))]).explain()
+            row.make([torch.nn.Parameter(torch.ones(2, 3, dtype=row.dtype))]).explain()
         assert all(name in GPU_ROWS for name in row.also)
     full, low = ({row.algorithm for row in TRITON if row.dtype == d} for d in (torch.float32, torch.bfloat16))
-    wanted = {"AdamW", "Lion", "DiffGrad", "AdEMAMix", "Grokfast", "SPAM", "StableSPAM", "AdamW, clip"}
+    wanted = {"AdamW", "Lion", "DiffGrad", "AdEMAMix", "Grokfast", "SPAM", "StableSPAM", "SCALE", "AdamW, clip"}
     assert low == wanted and full == low | {"own"}
     assert {name for name, row in ROWS.items() if row.package != "gradkit"} < GPU_ROWS.keys()
 

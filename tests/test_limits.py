@@ -388,52 +388,55 @@ def test_zclip_holds_back_a_norm_that_overflows(backend):
 
 def scales(start, roles, gradients, backend, **given):
     """SCALE's parameters after steps with such gradients, and the optimizer."""
-    params = [torch.from_numpy(x).requires_grad_() for x in start]
-    groups = [{"params": [p], **role} for p, role in zip(params, roles, strict=True)]
+    params = [torch.tensor(x, requires_grad=True) for x in start]
+    groups = [{"params": [p], "role": role} for p, role in zip(params, roles, strict=True)]
     optimizer = gradkit.SCALE(groups, lr=0.1, backend=backend, **given)
     replay(optimizer, params, gradients, backend=backend)
     return params, optimizer
 
 
-SIZED = ((5, 4), (3, 5), (2, 3, 2, 2))
-
-
-def sized_run(seed=0):
-    rng = np.random.default_rng(seed)
-    rows = [[rng.standard_normal(s).astype(np.float32) for s in SIZED] for _ in range(4)]
-    return rows[0], rows[1:]
-
-
 @each_backend
 @pytest.mark.parametrize("norm", ["rms", "l2"])
 def test_scale_without_the_heads_momentum_is_sgd_behind_column_normalize(backend, norm):
-    given, gradients = sized_run()
+    rng = np.random.default_rng(0)
+    shapes, roles = ((5, 4), (3, 5), (2, 3, 2, 2)), ("matrix", "last", "matrix")
+    given, *gradients = [[rng.standard_normal(s).astype(np.float32) for s in shapes] for _ in range(4)]
     decayed = {"weight_decay": 0.1, "backend": backend}
-    roles = [{"role": role} for role in ("matrix", "last", "matrix")]
-    ours, optimizer = scales([x.copy() for x in given], roles, gradients, momentum=0.0, norm=norm, **decayed)
-    theirs = [torch.from_numpy(x.copy()).requires_grad_() for x in given]
+    ours, optimizer = scales(given, roles, gradients, momentum=0.0, norm=norm, **decayed)
+    theirs = [torch.tensor(x, requires_grad=True) for x in given]
     sgd = gradkit.Optimizer(theirs, tx.column_normalize(norm), lr=0.1, **decayed)
     replay(sgd, theirs, gradients, backend=backend)
     for n in (0, 2):
         assert torch.equal(ours[n], theirs[n]) and not torch.equal(ours[n], torch.from_numpy(given[n]))
     # the head's momentum m + (g - m) is g but for rounding
     torch.testing.assert_close(ours[1], theirs[1], rtol=CLOSE, atol=CLOSE)
-    momentum, _ = scales([x.copy() for x in given], roles, gradients, norm=norm, **decayed)
+    momentum, _ = scales(given, roles, gradients, norm=norm, **decayed)
     assert torch.equal(momentum[0], ours[0]) and not torch.allclose(momentum[1], ours[1], rtol=1e-2)
     assert [{*optimizer.state[p]} for p in ours] == [set(), {"exp_avg"}, set()]
 
 
 @each_backend
-@pytest.mark.parametrize(("norm", "size"), [("rms", 1.0), ("l2", 0.0)])
-def test_scale_gives_each_output_one_size(backend, norm, size):
+@pytest.mark.parametrize("norm", ["rms", "l2"])
+def test_scale_gives_each_output_one_size(backend, norm):
     """1 in the root mean square, or in length, over the inputs: of rows, or of columns where they lie along axis 0."""
     gradient = np.arange(24.0, dtype=np.float32).reshape(4, 6) - 7.0
     for role, inputs in (({"role": "matrix"}, 1), ({"role": "embedding"}, 0), ({"role": "matrix", "fan_in": 0}, 0)):
         p = torch.zeros(4, 6, requires_grad=True)
         optimizer = gradkit.SCALE([{"params": [p], **role}], lr=1.0, norm=norm, backend=backend)
         replay(optimizer, [p], [[gradient]], backend=backend)
-        square = p.detach().square().mean(inputs) if size else p.detach().square().sum(inputs)
+        square = p.detach().square()
+        square = square.mean(inputs) if norm == "rms" else square.sum(inputs)
         torch.testing.assert_close(square, torch.ones(6 if inputs == 0 else 4), rtol=CLOSE, atol=0.0)
+
+
+@each_backend
+def test_scale_damps_an_output_whose_gradient_vanishes(backend):
+    """By as much as its root mean square lies below 1e-8: a clamp, which leaves the others alone."""
+    p = torch.zeros(3, 4, requires_grad=True)
+    optimizer = gradkit.SCALE([{"params": [p], "role": "matrix"}], lr=1.0, backend=backend)
+    replay(optimizer, [p], [[np.float32([[2e-8] * 4, [0.5e-8] * 4, [0.0] * 4])]], backend=backend)
+    wanted = -torch.tensor([1.0, 0.5, 0.0])[:, None].expand(3, 4)
+    torch.testing.assert_close(p.detach(), wanted, rtol=CLOSE, atol=0.0)
 
 
 @each_backend

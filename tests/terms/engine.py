@@ -11,10 +11,25 @@ MUTANTS = (
     *rows(
         "chain.py",
         (
+            "a chain's own stage",
+            "stage = stage if self.stage is None else self.stage",
+            "pass",
+            "test_chain.py::test_l2_comes_before_a_chain_of_the_stage_precondition[eager]",
+        ),
+        (
             "l2 after the filters",
             "of(user, Stage.GRAD) + of(own, Stage.GRAD) + (l2.place() if l2 else [])",
             "(l2.place() if l2 else []) + of(user, Stage.GRAD) + of(own, Stage.GRAD)",
             hostile("grokfast_ema"),
+        ),
+    ),
+    *rows(
+        "explain.py",
+        (
+            "explain: state by role",
+            '"without a role")] += size',
+            '"without a role")] += 0 * size',
+            "test_scale.py::test_explain_says_the_bytes_that_a_step_then_takes",
         ),
     ),
     *rows(

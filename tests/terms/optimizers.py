@@ -11,6 +11,10 @@ def estimator(name: str) -> str:
     return f"test_estimators.py::test_{name}"
 
 
+def scales(file: str) -> str:
+    return f"test_golden.py::test_scale_is_the_authors[{file}-eager]"
+
+
 MUTANTS = (
     *rows(
         "optim/adamw.py",
@@ -179,6 +183,48 @@ MUTANTS = (
             "if False else 1.0",
             "test_sophia.py::test_the_win_rate_is_the_share_of_what_is_not_limited",
         ),
+    ),
+    *rows(
+        "optim/scale.py",
+        ("SCALE: momentum of the head", "return exp_avg, exp_avg", "return u, exp_avg", hostile("scale")),
+        ("SCALE: memory of the momentum", '"w1": 1 - momentum', '"w1": 1.0', hostile("scale")),
+        (
+            "SCALE: the momentum comes first",
+            "chain(momentum_alone, *size,",
+            "chain(*size, momentum_alone,",
+            hostile("scale"),
+        ),
+        ("SCALE: momentum of the last layer alone", 'role == "last"', 'role != "vector"', hostile("scale")),
+        (
+            "SCALE: l2 before the normalisation",
+            "stage=Stage.PRECONDITION)  # behind",
+            "stage=None)  # behind",
+            "test_scale.py::test_l2_decay_is_in_what_is_normalised",
+        ),
+        ("SCALE: norm", 'one_size(group["norm"], fan_in)', 'one_size("rms", fan_in)', hostile("scale_l2")),
+        ("SCALE: weight decay", "weight_decay=weight_decay", "weight_decay=0.0", scales("scale__wd_adamlr")),
+        ("SCALE: vector_lr", 'setdefault("lr", vector_lr)', 'setdefault("fan_in", None)', scales("scale__wd_adamlr")),
+        (
+            "SCALE: a vector group's own lr",
+            'setdefault("lr", vector_lr)',
+            'update({"lr": vector_lr})',
+            "test_scale.py::test_vector_lr_is_the_lr_of_vectors_so_one_schedule_scales_all",
+        ),
+        ("SCALE: vectors by AdamW", 'if role == "vector":', "if not role:", hostile("scale")),
+        ("SCALE: memory of the vectors' mean", '"w1": 1 - b1', '"w1": 1.0', hostile("scale")),
+        (
+            "SCALE: memory of the vectors' mean square",
+            '"k2": b2, "w2": 1 - b2',
+            '"k2": 0.0, "w2": 1.0',
+            hostile("scale"),
+        ),
+        ("SCALE: bias correction of the vectors' mean", "0.5 / (1 - b1**step)", "0.5", hostile("scale")),
+        ("SCALE: bias correction of the mean square", "(1 - b2**step) ** 0.5 /", "1 /", hostile("scale")),
+        ("SCALE: eps of vectors", '"e": vector_eps', '"e": 0.0', hostile("scale")),
+    ),
+    *rows(
+        "roles.py",
+        ("SCALE: fan-in of an embedding", "rows_axis(role, 2) if", "1 if", scales("scale__default")),
     ),
     *rows(
         "estimators.py",

@@ -3,6 +3,7 @@
 from tests.terms import hostile, limit, rows
 
 WINDOW = "grokfast_ma_running"
+L2 = limit("scale_gives_each_output_one_size", "l2", "eager")
 MUTANTS = (
     *rows(
         "transforms/filter.py",
@@ -68,6 +69,33 @@ MUTANTS = (
             "",
             "test_rows.py::test_adaptive_clip_leaves_excluded_parameters_alone[eager]",
         ),
+    ),
+    *rows(
+        "transforms/column.py",
+        ("SCALE: normalisation", "return u * shrink", "return u", hostile("scale")),
+        ("SCALE: clamp", "maximum(sqrt(square), 1e-8)", "(sqrt(square) + 0.0)", hostile("scale", "zeros")),
+        (
+            "SCALE: clamp, not a sum",
+            "maximum(sqrt(square), 1e-8)",
+            "(sqrt(square) + 1e-8)",
+            limit("scale_damps_an_output_whose_gradient_vanishes", "eager"),
+        ),
+        (
+            "SCALE: direction of the axis",
+            "rows if fan_in else columns",
+            "columns if fan_in else rows",
+            hostile("scale"),
+        ),
+        ("SCALE: rows", '"row", reduce={"square": "mean"}', '"tensor", reduce={"square": "mean"}', hostile("scale")),
+        ("SCALE: columns", '"column", reduce={"square": "mean"}', '"row", reduce={"square": "mean"}', hostile("scale")),
+        ('SCALE: norm="l2" of rows', '"row", reduce={"square": "sum"}', '"row", reduce={"square": "mean"}', L2),
+        (
+            'SCALE: norm="l2" of columns',
+            '"column", reduce={"square": "sum"}',
+            '"column", reduce={"square": "mean"}',
+            L2,
+        ),
+        ("SCALE: column_normalize", "one_size(norm, 1)", "one_size(norm, 0)", hostile("column_normalize")),
     ),
     *rows(
         "transforms/zclip.py",
