@@ -119,6 +119,13 @@ def an_embedding_that_is_cut_between_its_rows_is_refused(_: Path) -> None:
     assert torch.equal(ends[0], ends[2]) and torch.equal(ends[1], ends[2]) and not torch.equal(ends[2], start)
 
 
+def state_by_role_is_that_of_this_rank(_: Path) -> None:
+    p = nn.Parameter(shard(torch.ones(7, 3), Shard(0)))
+    optimizer = gradkit.SCALE([{"params": [p], "role": "last"}])
+    line = f"state by role on this rank: last {4 * 3 * (4, 3)[dist.get_rank()]} bytes"
+    assert line in optimizer.explain().splitlines()
+
+
 def an_estimate_with_a_nan_on_one_rank_is_left_out_on_all(_: Path) -> None:
     split, other = (nn.Parameter(shard(torch.ones(4), Shard(0))) for _ in range(2))
     optimizer = gradkit.Sophia([split, other], betas=(0.0, 0.5))
@@ -141,6 +148,7 @@ def ranks_agree_on_a_win_rate(_: Path) -> None:
 LAWS = (
     rows_that_are_cut_are_refused,
     an_embedding_that_is_cut_between_its_rows_is_refused,
+    state_by_role_is_that_of_this_rank,
     an_estimate_with_a_nan_on_one_rank_is_left_out_on_all,
     ranks_agree_on_a_win_rate,
     meshes_of_one_and_two_dimensions_step_together,
