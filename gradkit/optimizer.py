@@ -137,11 +137,12 @@ class Optimizer(torch.optim.Optimizer):
             group["params"] = params = list(params or ())
         for p in params:
             tensor = p[1] if isinstance(p, tuple) else p
-            if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES:
+            if not isinstance(tensor, Tensor):
+                continue  # torch refuses it
+            if tensor.dtype not in DTYPES:
                 use = "torch.view_as_real" if tensor.is_complex() else f"one of {listed(DTYPES)}"
                 raise TypeError(f"{who}: a parameter of dtype {tensor.dtype} is not supported: use {use}")
-            if isinstance(tensor, Tensor):
-                self.check_parameter(tensor, group)
+            self.check_parameter(tensor, group)
         if self._built:
             names = [p[0] for p in params if isinstance(p, tuple)]
             self._check_names([*self.param_groups, {**group, "param_names": names}])

@@ -45,7 +45,7 @@ class SCALE(Optimizer):
         vectors                       AdamW
         C(g) = g / max(rms(g), 1e-8)  over the inputs of each output
 
-    Groups carry `role` and `fan_in`: `SCALE(gradkit.param_groups(model))`. Without, shapes decide, and it warns.
+    Groups carry `role` and `fan_in`: `SCALE(gradkit.param_groups(model))`. Parameters alone go by shape; it warns.
 
     lr: about the change of every weight per step.
     momentum: decay of the last layer's mean per step.
