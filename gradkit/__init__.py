@@ -11,6 +11,7 @@
 | `StableSPAM` | SPAM with limits and norms that adapt | https://arxiv.org/abs/2502.17055v2 |
 | `Sophia` | a momentum over the Hessian's diagonal, limited | https://arxiv.org/abs/2305.14342 |
 | `SCALE` | gradients of one size for each output, almost without state | https://arxiv.org/abs/2506.16659 |
+| `FRUGAL` | state for a part of the matrices, signs for the rest | https://arxiv.org/abs/2411.07837 |
 | `Optimizer` | your own chain of rules, measures and transforms | |
 """
 
@@ -20,6 +21,7 @@ from .language import RuleError, fn
 from .optim.adamw import AdamW
 from .optim.ademamix import AdEMAMix
 from .optim.diffgrad import DiffGrad
+from .optim.frugal import FRUGAL
 from .optim.grokfast import Grokfast
 from .optim.lion import Lion
 from .optim.scale import SCALE
@@ -28,6 +30,7 @@ from .optim.spam import SPAM
 from .optim.stablespam import StableSPAM
 from .optimizer import Optimizer
 from .roles import param_groups, roles
+from .selection import Choices, split
 from .transform import Slot, Stage, derive, measure, rule
 
 __version__ = "0.1.0"
@@ -36,7 +39,9 @@ __all__ = [
     "AdEMAMix",
     "AdamW",
     "Chain",
+    "Choices",
     "DiffGrad",
+    "FRUGAL",
     "Grokfast",
     "Lion",
     "Optimizer",
@@ -57,5 +62,6 @@ __all__ = [
     "param_groups",
     "roles",
     "rule",
+    "split",
     "transforms",
 ]

@@ -12,7 +12,7 @@ from .transform import Derive, Measure, Rule, Slot, Stage, check_stage
 class Chain:
     """Made by `chain()`. Arguments stand in the optimizer's groups under `<name>.<argument>`."""
 
-    items: tuple["Rule | Measure | Chain", ...]
+    items: tuple["Rule | Measure | Split | Chain", ...]
     name: str = ""
     derive: Derive | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -30,8 +30,8 @@ class Chain:
         """This chain and those inside it."""
         yield self
         for x in self.items:
-            if isinstance(x, Chain):
-                yield from x.walk()
+            for c in (x,) if isinstance(x, Chain) else x.chains if isinstance(x, Split) else ():
+                yield from c.walk()
 
     def place(self, stage: Stage = Stage.GRAD) -> list["Placed"]:
         """Its links in order, each with its scope and its stage: a link without one takes that of the link before."""
@@ -41,6 +41,8 @@ class Chain:
             if isinstance(x, Chain):
                 inner = replace(x, prefix=self.prefix + x.prefix) if self.prefix else x
                 placed += inner.place(stage)
+            elif isinstance(x, Split):
+                placed += x.place(Placed(x, self, Stage.PRECONDITION))
             else:
                 placed.append(Placed(x, self, stage if x.stage is None else x.stage))
             stage = placed[-1].stage if placed else stage
@@ -56,13 +58,77 @@ class Chain:
         return self
 
 
+class Split:
+    """Two chains for parts of the same tensors: one for what is selected, with state for that alone, one for the rest.
+
+    kind: "blocks" (whole tensors), "columns", "rows" or "randk" (single entries). order: of blocks.
+    keep: at a new selection state stays where its shape still fits, and counts go on; else both start fresh.
+
+    Its chain gives `density`, the share that is selected, and `refresh`, the number of the selection.
+    """
+
+    name, scalars = "split", ("density", "refresh")
+
+    def __init__(self, kind: str, inside: Chain, outside: Chain, order: str = "random", keep: bool = False):
+        self.kind, self.chains, self.order, self.keep = kind, (inside, outside), order, keep
+
+    def place(self, here: "Placed") -> list["Placed"]:
+        """The links of both chains, the selected's first."""
+        placed = []
+        for selected, inner in ((True, self.chains[0]), (False, self.chains[1])):
+            for x in inner.place():
+                if x.side:
+                    raise ValueError("split: another split stands in it: a chain may have one")
+                if not isinstance(x.link, Rule) or x.stage == Stage.WRITE:
+                    what = "a measure" if isinstance(x.link, Measure) else "a rule of WRITE"
+                    raise ValueError(f"split: {x.label} can't stand in it, it is {what}: put it before or behind")
+                if any(slot.kind == "ring" for slot in x.link.slots) or (x.link.holds and not selected):
+                    what = "keeps a ring" if selected else "keeps or borrows state, which the rest has none of"
+                    raise ValueError(f"split: {x.label} {what}: put it before or behind")
+                placed.append(x._replace(stage=here.stage, side=Side(here, selected)))
+        if not placed or not placed[0].side or not placed[0].side.selected:
+            raise ValueError("split: the chain for what is selected is empty; give it a rule")
+        return placed
+
+    def __deepcopy__(self, memo: Any) -> "Split":
+        return self
+
+
+class Side(NamedTuple):
+    """Which chain of a split a link stands in."""
+
+    split: "Placed"
+    selected: bool
+    whole: bool = False  # the other one runs on none of a program's tensors
+
+
 class Placed(NamedTuple):
     """A link at its place in a chain."""
 
-    link: Any  # a Rule or a Measure
+    link: Any  # a Rule or a Measure; of a Side a Split
     chain: Chain
     stage: Stage
     holds: tuple[str, ...] = ()  # what `state[p]` calls the rule's slots, once their owners are known
+    side: Side | None = None
+
+    @property
+    def prefix(self) -> str:
+        """Of what it owns; in a split, of its counters too."""
+        return (self.side.split.chain.prefix or "low_") + self.chain.prefix if self.side else self.chain.prefix
+
+    @property
+    def partial(self) -> bool:
+        """Whether it runs on a part of each tensor."""
+        return self.side is not None and not self.side.whole
+
+    @property
+    def selected(self) -> bool:
+        """Whether it runs on what a split selects."""
+        return self.side is not None and self.side.selected
+
+    def counter(self, name: str) -> str:
+        """What the state calls a counter of its chain: a split has its own, for a new selection starts them."""
+        return f"{self.side.split.chain.prefix or 'low_'}{name}" if self.side else name
 
     @property
     def label(self) -> str:
@@ -90,7 +156,7 @@ def chain(
             raise ValueError(f"chain: ranges={{{n!r}: ...}}: there is no such argument; it has {', '.join(arguments)}")
         check_number(name, n, arguments[n], allowed)
     for x in links:
-        if not isinstance(x, Rule | Measure | Chain):
+        if not isinstance(x, Rule | Measure | Split | Chain):
             called = getattr(x, "__name__", repr(x))
             raise TypeError(
                 f"chain: {called} is no link; decorate a function with @gradkit.rule or @gradkit.measure, "
@@ -138,7 +204,7 @@ def share_slots(pieces: Sequence[Placed]) -> tuple[list[Placed], dict[str, tuple
     kept: dict[str, Placed] = {}  # with the numbers of measures, which live beside the slots
     for piece in pieces:
         numbers = piece.link.state if isinstance(piece.link, Measure) and piece.link.scope == "tensor" else ()
-        for name in (piece.chain.prefix + n for n in (*(s.name for s in piece.link.slots), *numbers)):
+        for name in (piece.prefix + n for n in (*(s.name for s in piece.link.slots), *numbers)):
             if name in kept:
                 pair = (kept[name], piece)
                 named = next((x.chain.name for x in pair if x.chain.name), "")
@@ -147,16 +213,17 @@ def share_slots(pieces: Sequence[Placed]) -> tuple[list[Placed], dict[str, tuple
                     f"or give one chain name=" + f", e.g. {named}(name='second')" * bool(named)
                 )
             kept[name] = piece
-        owners |= {piece.chain.prefix + slot.name: (piece, slot) for slot in piece.link.slots}
+        owners |= {piece.prefix + slot.name: (piece, slot) for slot in piece.link.slots}
+
+    def known(piece: Placed, name: str) -> str | None:
+        mine = (n for n in (piece.prefix + name, name) if n in owners and owners[n][0].side == piece.side)
+        return next(mine, None)
+
     for piece in pieces:
-        if lost := [n for n in piece.link.uses if not {n, piece.chain.prefix + n} & {*owners}]:
+        if lost := [n for n in piece.link.uses if known(piece, n) is None]:
             raise ValueError(
                 f"{piece.label} borrows the slot {lost[0]!r}, which no link of the chain owns; "
                 f"the chain has {', '.join(owners) or 'no slots'}"
             )
 
-    def held(piece: Placed) -> Placed:
-        prefix = piece.chain.prefix
-        return piece._replace(holds=tuple(prefix + n if prefix + n in owners else n for n in piece.link.holds))
-
-    return list(map(held, pieces)), owners
+    return [x._replace(holds=tuple(known(x, n) or n for n in x.link.holds)) for x in pieces], owners

@@ -1,6 +1,8 @@
 """The plan as text, and the update of one parameter link by link."""
 
 from collections import defaultdict
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +13,7 @@ from .backends import choose
 from .backends.eager import Eager
 
 if TYPE_CHECKING:
+    from .chain import Placed
     from .optimizer import Optimizer
     from .plan import Batch, Pass
 
@@ -34,16 +37,18 @@ def block(optimizer: "Optimizer", batches: "list[Batch]") -> list[str]:
     for batch in batches:
         backend, why = choose(optimizer.backend, batch)
         passes = batch.program.passes
-        numel = sum(sharding.local(p).numel() for p in batch.owners)
+        elements = numel(batch)
         dtypes = f"parameters {short(batch.dtype)}, gradients {short(batch.gdtype)}"
         here = " on this rank" if batch.sharded else ""
-        lines.append(f"{len(batch.owners)} tensors, {numel} elements{here}: {dtypes} on {batch.device}")
-        lines.append("  chain: " + " -> ".join(x.label for x in batch.program.pieces))
+        lines.append(f"{len(batch.owners)} tensors, {elements} elements{here}: {dtypes} on {batch.device}")
+        lines.append("  chain: " + flow(batch.program.pieces))
+        if batch.choices:
+            lines.append(f"  split: {batch.choices[0].kind}, {selected(batch)} elements selected")
         lines += [f"  pass {k}: {one_pass(batch, ps)}" for k, ps in enumerate(passes, 1)]
-        count: int | str = len(passes) if numel else 0
+        count: int | str = len(passes) if elements else 0
         if issubclass(backend, Eager):
             count = f"{len(batch.owners)} x {count} {backend.name}"
-        lines.append(f"  launches: {count}; {sum(moved(batch, ps) for ps in passes)} bytes an element")
+        lines.append(f"  launches: {count}; {sum(moved(batch, ps) for ps in passes):.3g} bytes an element")
         slots = ", ".join(f"{n} {short(d)}" for n, d in batch.slot_dtypes.items())
         slots += ", compensation" if batch.rounding == "kahan" else ""
         slots += "".join(f", {n} a tensor" for n in batch.program.memory)
@@ -81,31 +86,56 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def moved(batch: "Batch", ps: "Pass") -> int:
+def moved(batch: "Batch", ps: "Pass") -> float:
     """Bytes read and written for one element."""
     own = batch.dtype.itemsize * (2 if batch.rounding == "kahan" else 1)
-    slots = sum(batch.slot_dtypes[n].itemsize for n in (*ps.slots, *ps.stores))
+    share = {n: selected(batch) / max(1, numel(batch)) if n in ps.low else 1 for n in ps.slots}
+    slots = sum(batch.slot_dtypes[n].itemsize * share[n] for n in (*ps.slots, *ps.stores))
     return batch.gdtype.itemsize + slots + own * (ps.reads_p + ps.writes)
+
+
+def numel(batch: "Batch") -> int:
+    return sum(sharding.local(p).numel() for p in batch.owners)
+
+
+def selected(batch: "Batch") -> int:
+    """How many elements a split selects."""
+    return sum(x.count for x in batch.choices)
 
 
 def held(batch: "Batch") -> list[int]:
     """Bytes of each tensor's slots, made or not."""
     sizes = []
-    for p, g in zip(batch.owners, batch.group, strict=True):
+    low = batch.program.low if batch.program.splits else set()
+    chosen = [x.count for x in batch.choices] or [0] * len(batch.owners)
+    for p, g, k in zip(batch.owners, batch.group, chosen, strict=True):
         lengths = {n: batch.program.ring_length(n, batch.groups[g]) or 1 for n in batch.slot_dtypes}
-        per = sum(d.itemsize * lengths[n] for n, d in batch.slot_dtypes.items())
+        per = sum(d.itemsize * lengths[n] for n, d in batch.slot_dtypes.items() if n not in low)
         per += batch.dtype.itemsize if batch.rounding == "kahan" else 0
-        sizes.append(8 * len(batch.program.memory) + sharding.local(p).numel() * per)
+        part = sum(d.itemsize for n, d in batch.slot_dtypes.items() if n in low) * k
+        sizes.append(8 * len(batch.program.memory) + sharding.local(p).numel() * per + part)
     return sizes
 
 
+def flow(pieces: "Sequence[Placed]") -> str:
+    """Links in order; of a split what is selected, and the rest."""
+    out: list[str] = []
+    for (partial, selected), group in groupby(pieces, lambda x: (x.partial, x.selected)):
+        text = " -> ".join(x.label for x in group)
+        if not partial or selected:
+            out.append(f"({text} | " if partial else text)
+        else:
+            out[-1] += f"{text})"
+    return " -> ".join(out)
+
+
 def one_pass(batch: "Batch", ps: "Pass") -> str:
-    rules = " -> ".join(x.label for _, x in ps.rules) or "g"
+    rules = flow([x for _, x in ps.rules]) or "g"
     what = "apply"
     if ps.measure:
         link = ps.measure.link
         what = f"{ps.measure.label}: {', '.join(link.reduce.values())} over {link.scope}"
-    return f"{rules} | {what} | {moved(batch, ps)} bytes an element"
+    return f"{rules} | {what} | {moved(batch, ps):.3g} bytes an element"
 
 
 @torch.no_grad()
@@ -115,13 +145,14 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
     grads = [q.grad for q in params]
     if not any(q is p for q in params) or p.grad is None:
         raise ValueError("trace: give a parameter of this optimizer that has a gradient: call it after backward()")
-    state, groups = optimizer.state, optimizer.param_groups
+    state, groups, laid = optimizer.state, optimizer.param_groups, optimizer._laid
     optimizer.param_groups = [{k: apart(v) for k, v in g.items()} for g in groups]
+    optimizer._laid = {**laid}
     optimizer.state = defaultdict(dict, {q: {n: apart(s) for n, s in slots.items()} for q, slots in state.items()})
     try:
         plan = optimizer._make_plan(optimizer.check_group, params, grads, [])
     finally:
-        optimizer.state, optimizer.param_groups = state, groups
+        optimizer.state, optimizer.param_groups, optimizer._laid = state, groups, laid
     for batch in plan.batches:
         batch.backend = Eager(batch)
         batch.bind(grads)

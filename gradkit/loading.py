@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from . import sharding
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
-    from .plan import Program
+    from .plan import Member, Program
 
 CARRIED = ("lr", "initial_lr", "weight_decay", "maximize", "params", "param_names")
 log = logging.getLogger("gradkit")
@@ -21,14 +21,26 @@ def same_class(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> bool:
     return all(g.get("algorithm") == type(optimizer).__name__ for g in state_dict["param_groups"])
 
 
-def pairs(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> Iterator[tuple[Tensor, dict, "Program", Mapping]]:
-    """Each parameter, its group as it will be and what that runs, and what the file has of its state."""
-    same = same_class(optimizer, state_dict)
+class Saved(NamedTuple):
+    """A parameter, its group as it will be, what that runs, and what the file has of its state."""
+
+    member: "Member"
+    group: dict[str, Any]
+    whole: "Program"  # of the group
+    program: "Program"
+    state: Mapping[str, Any]
+
+
+def pairs(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> Iterator[Saved]:
+    """Each parameter."""
+    same, final, keys = same_class(optimizer, state_dict), [], []
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        final = {**group, **{k: on_host(v) for k, v in saved.items() if same or k in CARRIED}}
-        program = optimizer.check_group(final)
-        for p, i in zip(group["params"], saved["params"], strict=True):
-            yield p, final, program, state_dict["state"].get(i, {})
+        taken = {k: on_host(v) for k, v in saved.items() if same or k in CARRIED}
+        final.append({**group, **taken, "params": group["params"]})
+        keys += saved["params"]
+    clock = max(1.0, float(final[0].get("clock", 0.0)))  # the last step's
+    for (whole, program, member), key in zip(optimizer.seats(final, clock), keys, strict=True):
+        yield Saved(member, final[member.group], whole, program, state_dict["state"].get(key, {}))
 
 
 def check(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
@@ -41,7 +53,13 @@ def check(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
             f"make the optimizer for the same model and groups"
         )
     same = same_class(optimizer, state_dict)
-    for n, (p, group, program, saved) in enumerate(pairs(optimizer, state_dict)):
+    for member, group, whole, program, saved in pairs(optimizer, state_dict):
+        p, n = member.p, member.at
+        if same and (more := (whole.low - program.low) & {*saved}):
+            raise ValueError(
+                f"{who}: {sorted(more)[0]!r} of parameter {n} belongs to another selection than step "
+                f"{float(group.get('clock', 0.0)):.0f} of seed {group['seed']} has; load it with what it was saved with"
+            )
         for name in (n for n in program.layout(p, group) if isinstance(saved.get(n), Tensor)):
             value, length = saved[name], program.ring_length(name, group)
             if sharding.is_sharded(value) != sharding.is_sharded(p):
@@ -49,7 +67,7 @@ def check(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> None:
                     f"{who}: {name!r} of parameter {n} and the parameter must both be sharded or plain; "
                     f"use torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
                 )
-            wanted = p.shape if length is None else (length, *p.shape)
+            wanted = program.part(name, member.chosen) or (p.shape if length is None else (length, *p.shape))
             if same and value.shape != wanted:
                 raise ValueError(
                     f"{who}: {name!r} of parameter {n} has shape {tuple(value.shape)}, it needs {tuple(wanted)}; "
@@ -77,12 +95,14 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
     idle: set[str] = set()
     arguments: set[str] = set()
     taken: set[str] = set()
-    for p, group, program, saved in pairs(optimizer, state_dict):
+    for member, group, _, program, saved in pairs(optimizer, state_dict):
+        p = member.p
         dtypes, counters = program.layout(p, group), program.scalars.counters
         slots = {
             n: saved[n].detach().to(device=p.device, dtype=dtype, copy=True)
             for n, dtype in dtypes.items()
-            if isinstance(saved.get(n), Tensor) and (same or saved[n].shape == p.shape)
+            if isinstance(saved.get(n), Tensor)
+            and (same or saved[n].shape == (program.part(n, member.chosen) or p.shape))
         }
         numbers: dict[str, Tensor] = {}
         if slots or (same and saved):  # a count without its moments would switch the bias corrections off

@@ -1,6 +1,6 @@
 """Optimizer: groups, state, loading, closure; runs a plan."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ from .options import (
 )
 from .plan import Batch, Kind, Member, Plan, Program, kind_of
 from .scalars import shared
+from .selection import Choice, Choices, Turn, select, turn_of
 from .transform import Measure, Rule
 from .transforms.decay import last_links
 from .transforms.tap import PixelwiseClip
@@ -78,6 +79,9 @@ class Optimizer(torch.optim.Optimizer):
         self._checked: list = []
         self._programs: dict[tuple, Program] = {}
         self._kept: set[str] = set()  # what the first group holds for measures over all tensors
+        self.choices = Choices()
+        self._laid: dict[Tensor, tuple[Choices, Turn]] = {}  # what a split's state is laid out for
+        self._known: dict[Tensor, tuple[Choices, Turn, Choice | bool]] = {}  # the last that was asked for
         defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
         self._check_values({**defaults, "backend": self.backend})
         super().__init__(params, defaults)
@@ -240,9 +244,9 @@ class Optimizer(torch.optim.Optimizer):
         params = [p for g in self.param_groups for p in g["params"]]
         idle = {*BOOKKEEPING, *self._kept}
         structure = [[shape_of(v) for k, v in g.items() if k not in idle] for g in self.param_groups]
-        structure += [[self.backend, self.transforms]]  # compared as objects
+        structure += [[self.backend, self.transforms, self.choices]]  # compared as objects
         plan = self._plans.get(key)
-        now = params, grads, structure, self.param_groups[0]
+        now = params, grads, structure, self.param_groups
         if plan is None or not plan.fits(self.state, *now):
             plan = self._plans[key] = self._make_plan(program_of, params, grads, structure)
             if not plan.fits(self.state, *now):
@@ -252,15 +256,40 @@ class Optimizer(torch.optim.Optimizer):
     def batches(self, grads: Sequence[Tensor | None], program_of: ProgramOf | None = None) -> list[Batch]:
         """The parameters that have a gradient by program, device and dtypes; makes and changes nothing."""
         members: dict[Kind, list[Member]] = {}
-        numbered = enumerate(grads)
-        for n, group in enumerate(self.param_groups):
-            program = (program_of or self.check_group)(group)
-            names = group.get("param_names") or [""] * len(group["params"])
-            for p, name, (i, g) in zip(group["params"], names, numbered, strict=False):
-                if g is not None:
-                    self.check_parameter(p, group)
-                    members.setdefault(kind_of(program, p, g, group), []).append(Member(p, i, n, name))
+        for _, program, member in self.seats(self.param_groups, self.clock + 1, program_of):
+            if (g := grads[member.at]) is not None:
+                self.check_parameter(member.p, self.param_groups[member.group])
+                kind = kind_of(program, member.p, g, self.param_groups[member.group])
+                members.setdefault(kind, []).append(member)
         return [Batch(kind, m, self.param_groups) for kind, m in members.items()]
+
+    @property
+    def clock(self) -> float:
+        """Steps applied."""
+        return float(self.param_groups[0].get("clock", 0.0))
+
+    def seats(
+        self, groups: Sequence[Mapping[str, Any]], clock: float, program_of: ProgramOf | None = None
+    ) -> Iterator[tuple[Program, Program, Member]]:
+        """Each parameter, with its group's program and what that is for it in the step that `clock` counts."""
+        at = 0
+        for n, group in enumerate(groups):
+            program, params = (program_of or self.check_group)(group), group["params"]
+            turn = turn_of(program.split, group, clock) if program.split else None
+            blocks = self.choices.tensors(turn, n, len(params)) if turn and turn.kind == "blocks" else None
+            names = group.get("param_names") or [""] * len(params)
+            for j, (p, name) in enumerate(zip(params, names, strict=True)):
+                chosen = turn and (j in blocks if blocks is not None else self._chosen(turn, p, at))
+                runs = self._program(program.only(chosen), group) if isinstance(chosen, bool) else program
+                yield program, runs, Member(p, at, n, name, turn, chosen)
+                at += 1
+
+    def _chosen(self, turn: Turn, p: Tensor, at: int) -> Choice | bool:
+        """What a split selects of a parameter."""
+        known = self._known.get(p)
+        if known is None or known[:2] != (self.choices, turn):
+            known = self._known[p] = self.choices, turn, select(self.choices, turn, p, at)
+        return known[2]
 
     def _make_plan(
         self, program_of: ProgramOf, params: list[Tensor], grads: Sequence[Tensor | None], structure: list
@@ -283,32 +312,51 @@ class Optimizer(torch.optim.Optimizer):
                 )
         self._check_names(self.param_groups)
         plan = Plan(self.batches(grads, program_of), params, grads, structure)
+        plan.take_turns([program_of(g).split for g in self.param_groups], self.param_groups)
         chosen = [choose(self.backend, batch)[0] for batch in plan.batches]
-        self._make_state({p for p, g in zip(params, grads, strict=True) if p.requires_grad or g is not None})
+        wanted = {p for p, g in zip(params, grads, strict=True) if p.requires_grad or g is not None}
+        self._make_state(wanted, self.clock + 1)
         plan.attach(self.state, self.param_groups[0])
         for batch, backend in zip(plan.batches, chosen, strict=True):
             batch.backend = backend(batch)
         return plan
 
-    def _make_state(self, wanted: set[Tensor]) -> None:
+    def _make_state(self, wanted: set[Tensor], clock: float) -> None:
         """Slots of every parameter that is or may be trained: a distributed checkpoint lacks those made later."""
         who = type(self).__name__
-        for group in self.param_groups:
-            program = self.check_group(group)
-            for p in (p for p in group["params"] if p in wanted):
-                state = self.state[p]
-                for name, dtype in program.layout(p, group).items():
-                    state[name] = laid_out(state.get(name), p, dtype, program.ring_length(name, group), who, name)
-                for name in program.memory:
-                    state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float64, device=p.device)
-                for name in program.scalars.counters:
-                    state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float32, device="cpu")
+        for whole, program, member in self.seats(self.param_groups, clock):
+            p, group = member.p, self.param_groups[member.group]
+            if member.turn and (p in wanted or p in self.state):
+                self._take_turn(whole, program, member)
+            if p not in wanted:
+                continue
+            state = self.state[p]
+            for name, dtype in program.layout(p, group).items():
+                part, length = program.part(name, member.chosen), program.ring_length(name, group)
+                state[name] = laid_out(state.get(name), p, part, dtype, length, who, name)
+            for name in program.memory:
+                state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float64, device=p.device)
+            for name in program.scalars.counters:
+                state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float32, device="cpu")
+
+    def _take_turn(self, whole: Program, program: Program, member: Member) -> None:
+        """Drop what a split holds of a parameter where that was laid out for another turn, or where it runs no more."""
+        p, state, group = member.p, self.state[member.p], self.param_groups[member.group]
+        assert whole.split
+        assert member.turn
+        last = (self.choices, turn_of(whole.split, group, max(1.0, self.clock)))
+        anew = self._laid.get(p, last) != (self.choices, member.turn)
+        for name in whole.low & {*state}:
+            fits = name not in program.slots or state[name].shape == (program.part(name, member.chosen) or p.shape)
+            if name not in program.low or (anew and not (whole.split.link.keep and fits)):
+                del state[name]
+        self._laid[p] = self.choices, member.turn
 
     @torch.no_grad()
     def init_state(self, step: int = 0) -> None:
         """Make all slots now, laid out as at that step."""
         params = {p for g in self.param_groups for p in g["params"] if p.requires_grad}
-        self._make_state(params)
+        self._make_state(params, max(1, step))
         self._plans = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -327,15 +375,15 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             first.remove()
             then.remove()
-        self._plans, self._counted = {}, None
+        self._plans, self._counted, self._laid = {}, None, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {n: vars(self)[n] for n in ("chain", "transforms", "backend", "_kept")}
+        ours = {n: vars(self)[n] for n in ("chain", "transforms", "backend", "choices", "_kept")}
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans, self._programs, self._checked = {}, {}, []
+        self._plans, self._programs, self._checked, self._laid, self._known = {}, {}, [], {}, {}
 
     def explain(self) -> str:
         """The plan as text: chain, passes, launches, bytes an element, state bytes, backend and why."""
@@ -375,11 +423,14 @@ def shape_of(value: Any) -> Any:
     return (type(value), value) if isinstance(value, str | int | None | torch.dtype) else id(value)
 
 
-def laid_out(old: Tensor | None, p: Tensor, dtype: torch.dtype, length: int | None, who: str, name: str) -> Tensor:
-    """A slot of p's layout: the old one where it fits, else a new one with its values."""
+def laid_out(
+    old: Tensor | None, p: Tensor, part: tuple | None, dtype: torch.dtype, length: int | None, who: str, name: str
+) -> Tensor:
+    """A slot of p's layout, or of a part of it: the old one where it fits, else a new one with its values."""
+    like = p if part is None else torch.empty(part, dtype=dtype, device=p.device)
     if old is None:
-        return sharding.slot(p, dtype, length)
-    have, flat = sharding.local(old), sharding.local(p)
+        return sharding.slot(like, dtype, length)
+    have, flat = sharding.local(old), sharding.local(like)
     shape, stride = flat.shape, flat.stride()
     if length is not None:
         shape, stride = (length, *shape), (max(1, flat.numel()), *stride)
@@ -389,8 +440,8 @@ def laid_out(old: Tensor | None, p: Tensor, dtype: torch.dtype, length: int | No
             f"{tuple(shape)}; delete it from the state"
         )
     alike = (have.dtype, have.device, have.stride()) == (dtype, flat.device, stride)
-    if alike and (have is old) == (flat is p):
+    if alike and (have is old) == (flat is like):
         return old
-    new = sharding.slot(p, dtype, length)
+    new = sharding.slot(like, dtype, length)
     sharding.local(new).copy_(have)
     return new

@@ -14,6 +14,7 @@ from . import sharding
 from .chain import Placed, share_slots
 from .reduction import joined, order
 from .scalars import Scalars, look, number
+from .selection import Choice, Turn, turn_of
 from .transform import AXES, Measure, Rule, Stage
 
 if TYPE_CHECKING:
@@ -30,10 +31,21 @@ class Pass:
         self.writes = self.measure is None and any(x.stage == Stage.WRITE for x in pieces)  # the parameter
         self.rules = [(i, x) for i, x in enumerate(pieces[:end]) if isinstance(x.link, Rule)]
         self.slots = list(dict.fromkeys(n for _, x in self.rules for n in x.holds))
+        self.splits = any(x.partial for _, x in self.rules)
+        self.low = list(dict.fromkeys(n for _, x in self.rules if x.partial for n in x.holds))
         changed = {n for _, x in self.rules for n, c in zip(x.holds, x.link.changes, strict=True) if c}
         self.stores = [n for n in self.slots if n in changed and not self.measure]
         seen = [x.link.sees for x in (*(x for _, x in self.rules), *([self.measure] if self.measure else []))]
         self.reads_p = self.writes or any("p" in names for names in seen)
+
+    def parts(self) -> tuple[list, list, list, list]:
+        """The rules before a split, those of its two sides, and those behind; without one all are before."""
+        partial = [x.partial for _, x in self.rules]
+        start, end = (
+            (partial.index(True), len(partial) - partial[::-1].index(True)) if self.splits else (len(partial),) * 2
+        )
+        inside = [x for x in self.rules[start:end] if x[1].selected]
+        return self.rules[:start], inside, self.rules[start + len(inside) : end], self.rules[end:]
 
 
 def kept(piece: Placed) -> list[str]:
@@ -71,12 +83,29 @@ class Program:
                 raise ValueError(f"{piece.label}: the ring {name!r} needs @derive('step', ...) on its chain")
         ends = [i for i, x in enumerate(pieces) if isinstance(x.link, Measure)] + [len(pieces)]
         self.passes = [Pass(pieces, end) for end in ends]
-        self.arguments = {f"{x.chain.name}.{n}": v for x in pieces for n, v in x.chain.arguments.items()}
         parts = {x.link.scope: x.label for x in pieces if isinstance(x.link, Measure) and x.link.scope in AXES}
         if len(parts) > 1:
             raise ValueError(f"{parts['row']} measures rows and {parts['column']} columns: a chain may do one of them")
         self.axis = next((AXES[scope] for scope in parts), None)  # along which units lie
         self.no_source = next((x.link.code.no_source for x in pieces if x.link.code.no_source), "")
+        splits = list({id(x.side.split.link): x.side.split for x in pieces if x.side}.values())
+        if len(splits) > 1:
+            raise ValueError("two splits in one chain: a chain may have one")
+        self.split = splits[0] if splits else None  # a Placed
+        self.splits = any(x.partial for x in pieces)
+        chains = [x.chain for x in (*splits, *pieces)]
+        self.arguments = {f"{c.name}.{n}": v for c in chains for n, v in c.arguments.items()}
+        if self.split and self.splits and self.axis is not None and self.split.link.kind != "blocks":
+            raise ValueError(
+                f"a measure of {next(iter(parts))}s and a split of {self.split.link.kind}: a chain may have one"
+            )
+        self.low = {n for n, (x, _) in owners.items() if x.side}  # what a split holds in `state[p]`
+        self.low |= {x.counter(c) for x in self.scalars.derived if x.side and (d := x.chain.derive) for c in d.counters}
+
+    def only(self, selected: bool) -> list[Placed]:
+        """What runs on tensors that a split selects as a whole, or not at all."""
+        sides = [x for x in self.pieces if not x.side or x.selected == selected]
+        return [x._replace(side=x.side and x.side._replace(whole=True)) for x in sides]
 
     def excluding(self, group: Mapping[str, Any], name: str) -> tuple[str, ...]:
         """What is True for a parameter of this name: `<chain>.excluded`, where its argument `exclude` says so."""
@@ -85,8 +114,12 @@ class Program:
 
     def key(self) -> tuple:
         """Equal for two groups that run the same code."""
-        links = ((id(x.link), x.stage, x.chain.name, x.chain.prefix, id(x.chain.derive)) for x in self.pieces)
-        return (*links, self.maximize)
+        links = (
+            (id(x.link), x.stage, x.chain.name, x.prefix, id(x.chain.derive), x.side and x.side[1:])
+            for x in self.pieces
+        )
+        split = self.split and (self.split.link.kind, self.split.link.order, self.split.link.keep)
+        return (*links, split, self.maximize)
 
     def slot_dtype(self, name: str, p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
         declared = self.slots[name].dtype or group["state_dtype"]
@@ -97,6 +130,10 @@ class Program:
         """What `state[p]` holds beside counters."""
         rest = {"compensation": p.dtype} if rounding_of(p, group) == "kahan" else {}
         return {n: self.slot_dtype(n, p, group) for n in self.slots} | rest
+
+    def part(self, name: str, chosen: Choice | bool | None) -> tuple[int, ...] | None:
+        """The shape of a slot of a split, which covers a part of the parameter."""
+        return chosen.slot if isinstance(chosen, Choice) and name in self.low else None
 
     def ring_length(self, name: str, group: Mapping[str, Any]) -> int | None:
         if name not in self.rings:
@@ -160,6 +197,8 @@ class Member(NamedTuple):
     at: int  # among all
     group: int
     name: str  # empty without names
+    turn: Turn | None = None  # of its group's split, and what that selects of it
+    chosen: Choice | bool | None = None
 
 
 class Batch:
@@ -173,6 +212,7 @@ class Batch:
         self.index = [x.at for x in members]
         self.group = [x.group for x in members]
         self.names = [x.name for x in members]
+        self.choices = [x.chosen for x in members if isinstance(x.chosen, Choice)]
         self.excluded = [kind.program.excluding(groups[x.group], x.name) for x in members]
         self.program, self.device, self.dtype, self.gdtype, slots, self.rounding, self.detour = kind
         self.slot_dtypes = dict(zip(self.program.slots, slots, strict=True))
@@ -308,6 +348,8 @@ def detour(program: Program, p: Tensor, rounding: str) -> str:
         return "not dense in memory"
     if rounding == "stochastic" and not isinstance(sharding.logical_index(p), int):
         return "stochastic rounding follows the logical index, and memory does not"
+    if program.splits and not flat.is_contiguous():
+        return "a selection follows the logical index, and memory does not"
     return ""
 
 
@@ -329,6 +371,7 @@ class Plan:
         self.missing = [g is None for g in grads]
         self.reductions = order(batches)
         self.sharded = any(map(sharding.is_sharded, params))  # also those without a gradient on this rank
+        self.turns: list[Turn | None] = []
 
     def attach(self, state: Mapping[Tensor, dict], first: dict[str, Any]) -> None:
         """Take hold of the state, and of what the first group holds for measures over all tensors."""
@@ -339,7 +382,16 @@ class Plan:
         self.state = everything(state)
         self.shared = {n: first[n] for b in self.batches for n in b.program.shared}
 
-    def fits(self, state: Mapping, params: list[Tensor], grads: Sequence[Any], structure: list, first: dict) -> bool:
+    def take_turns(self, splits: Sequence[Placed | None], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Remember what is selected in each group."""
+        self.splits = list(splits)
+        self.turns = self.turns_of(groups)
+
+    def turns_of(self, groups: Sequence[Mapping[str, Any]]) -> list[Turn | None]:
+        clock = float(groups[0].get("clock", 0.0)) + 1
+        return [s and turn_of(s, g, clock) for s, g in zip(self.splits, groups, strict=True)]
+
+    def fits(self, state: Mapping, params: list[Tensor], grads: Sequence[Any], structure: list, groups: list) -> bool:
         """Whether nothing has changed but values: the same parameters, state, options and kinds of gradients.
 
         If so the batches hold the gradients.
@@ -349,7 +401,8 @@ class Plan:
             and [g is None for g in grads] == self.missing
             and structure == self.structure
             and same(everything(state), self.state)
-            and all(first.get(n) is x for n, x in self.shared.items())
+            and all(groups[0].get(n) is x for n, x in self.shared.items())
+            and (not any(self.splits) or self.turns_of(groups) == self.turns)
             and all([b.bind(grads) for b in self.batches])
         )
 

@@ -20,6 +20,11 @@ def stream(name: str) -> int:
 
 def philox(element: Tensor, step: int, index: int, seed: int, stream: int) -> Tensor:
     """32 random bits for each element, in int64: a function of the arguments and nothing else."""
+    return words(element, step, index, seed, stream)[0]
+
+
+def words(element: Tensor, step: int, index: int, seed: int, stream: int) -> tuple[Tensor, ...]:
+    """The same and three words more."""
     c0: Any = element & WORD  # int64 products wrap, and their 64 bits are still those of the unsigned product
     c1: Any = element >> 32 & WORD
     c2: Any = step & WORD
@@ -28,7 +33,7 @@ def philox(element: Tensor, step: int, index: int, seed: int, stream: int) -> Te
         k0, k1 = (seed + r * 0x9E3779B9) & WORD, (stream + r * 0xBB67AE85) & WORD
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (b >> 32 & WORD) ^ c1 ^ k0, b & WORD, (a >> 32 & WORD) ^ c3 ^ k1, a & WORD
-    return c0
+    return c0, c1, c2, c3
 
 
 def stochastic_round(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -36,8 +36,9 @@ class Scalars:
         self.rows: list[tuple[Placed, str]] = []
         self.measured: list[tuple[Chain, str]] = []
         self.by_unit: list[tuple[Chain, str]] = []
-        self.derived = list({x.chain: x for x in pieces if x.chain.derive}.values())  # one link for each chain
-        self.counters = list(dict.fromkeys(c for x in self.derived if (d := x.chain.derive) for c in d.counters))
+        self.derived = list({scope(x): x for x in pieces if x.chain.derive}.values())  # one link for each chain
+        counted = [x.counter(c) for x in self.derived if (d := x.chain.derive) for c in d.counters]
+        self.counters = list(dict.fromkeys(counted))
         ones = dict.fromkeys(self.counters, 1.0)
         self.names = {(x.chain, n) for x in self.derived for n in (*derived(x, group, ones, 1.0), *ones)}
         for piece in pieces:
@@ -57,20 +58,31 @@ class Scalars:
             return Column("r", self.by_unit.index(wanted))
         if wanted in self.measured and wanted not in self.names:
             return Column("m", self.measured.index(wanted))
-        known = [(x.chain, n) for x, n in self.rows]
-        if wanted not in known:
+        known = [(scope(x), n) for x, n in self.rows]
+        if (scope(piece), name) not in known:
             self.rows.append((piece, name))
             return Column("h", len(known))
-        return Column("h", known.index(wanted))
+        return Column("h", known.index((scope(piece), name)))
 
     def row(self, group: Mapping[str, Any], counters: Mapping[str, float], clock: float) -> tuple[list[float], dict]:
         """One row in float64, and the counters that a derive set."""
-        made = {x.chain: derived(x, group, counters, clock) for x in self.derived}
+        made = {scope(x): derived(x, group, counters, clock) for x in self.derived}
         cells = []
         for piece, name in self.rows:
-            mine = {} if name in (*counters, "clock") else made.get(piece.chain, {})
+            mine = {} if piece.counter(name) in counters or name == "clock" else made.get(scope(piece), {})
             cells.append(number(piece, name, mine[name] if name in mine else look(piece, name, group, counters, clock)))
-        return cells, {c: float(d[c]) for d in made.values() for c in self.counters if c in d}
+        returned = [
+            (x.counter(n), float(v))
+            for x in self.derived
+            for n, v in made[scope(x)].items()
+            if x.counter(n) in counters
+        ]
+        return cells, dict(returned)
+
+
+def scope(piece: Placed) -> tuple:
+    """Whose scalars a link reads: its chain's, at one side of a split."""
+    return piece.chain, piece.side and piece.side.selected
 
 
 def shared(piece: Placed, groups: Sequence[Mapping[str, Any]], clock: float) -> list[float]:
@@ -96,17 +108,17 @@ def derived(piece: Placed, group: Mapping[str, Any], counters: Mapping[str, floa
 
 def look(piece: Placed, name: str, group: Mapping[str, Any], counters: Mapping[str, float], clock: float) -> Any:
     """A scalar that no derive and no measure gives."""
-    if name in counters:
-        return counters[name]
+    if piece.counter(name) in counters:
+        return counters[piece.counter(name)]
     if name == "clock":
         return clock
-    scope = piece.chain
-    if name in scope.arguments:
-        return plain(group.get(f"{scope.name}.{name}", scope.arguments[name]))
+    owner = piece.chain
+    if name in owner.arguments:
+        return plain(group.get(f"{owner.name}.{name}", owner.arguments[name]))
     if name in group and name != "params":
         return plain(group[name])
     raise ValueError(
-        f"{piece.label} asks for the scalar {name!r}, which nobody gives (chain {scope.name or '(unnamed)'!r}): "
+        f"{piece.label} asks for the scalar {name!r}, which nobody gives (chain {owner.name or '(unnamed)'!r}): "
         f"return it from the chain's derive, give it as an argument, measure it before, or use one of the group's: "
         f"{', '.join(k for k in group if k != 'params' and '.' not in k)}"
     )

@@ -50,13 +50,18 @@ def counting(pieces: Sequence[Placed]) -> list[Placed]:
         if piece.stage == Stage.WRITE and norms not in [x.link for x in out]:
             out.append(Placed(norms, chain(norms), Stage.UPDATE))
         out.append(piece)
-        if isinstance(piece.link, Rule) and piece.link.counts:
+        if counts(piece):
             label = piece.chain.name or piece.link.name
             same = labels.count(label)
             labels.append(label)
             label += f"_{same + 1}" * bool(same)
             out.append(Placed(shrunk, chain(shrunk, name=label), piece.stage))
     return out
+
+
+def counts(piece: Placed) -> bool:
+    """Whether what it makes smaller is counted: in a split nothing is measured."""
+    return isinstance(piece.link, Rule) and bool(piece.link.counts) and not piece.side
 
 
 class Counted(NamedTuple):
@@ -74,10 +79,10 @@ class Counted(NamedTuple):
         """By parameter; waits for the device."""
         out = {}
         for batch, resets_ in zip(self.batches, self.resets, strict=True):
-            counts = [x.link.counts for x in batch.program.pieces if isinstance(x.link, Rule) and x.link.counts]
+            kinds_of = [x.link.counts for x in batch.program.pieces if counts(x)]
             columns = batch.program.scalars.measured
             for t, cells in enumerate(batch.measured.tolist()):
-                kinds, mine = iter(counts), {}
+                kinds, mine = iter(kinds_of), {}
                 for (owner, name), value in zip(columns, cells, strict=False):
                     if owner.items == (norms,):
                         mine[name] = value

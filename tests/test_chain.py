@@ -226,3 +226,51 @@ def test_chains_may_be_shared_and_nested():
     a, b = moves(shared, G), moves(chain(shared), G)
     assert torch.equal(a, b) and a.tolist() == [[3.0, -3.0], [10.0, -1.0]]
     assert moves(chain(), G).tolist() == G
+
+
+def test_a_splits_density_and_gap_stand_in_the_group_and_can_be_changed_there():
+    p = torch.zeros(8, 8, requires_grad=True)
+    optimizer = gradkit.Optimizer([p], gradkit.split("columns", doubled, density=0.5), lr=1.0)
+    group = optimizer.param_groups[0]
+    assert (group["split.density"], group["split.update_gap"]) == (0.5, 200)
+    p.grad = torch.ones(8, 8)
+    for density, columns in (0.5, 4), (0.25, 2), (1.0, 8), (0.0, 0):
+        group["split.density"], before = density, p.detach().clone()
+        optimizer.step()
+        assert (before - p.detach()).sum().item() == 2.0 * 8 * columns
+    group["split.density"] = 1.5
+    with pytest.raises(ValueError, match=r"split\.density=1\.5: give a number in \[0, 1\]"):
+        optimizer.step()
+    over = gradkit.Optimizer([{"params": [p], "split.density": 0.25}], gradkit.split("columns", doubled, density=0.5))
+    assert "16 elements selected" in over.explain()
+
+
+@pytest.mark.parametrize("who", [lambda d: gradkit.split("rows", doubled, density=d), lambda d: frugal(density=d)])
+def test_a_density_is_a_share(who):
+    for density in (0.0, 1.0):
+        who(density)
+    for density in (-0.1, 1.0001, float("nan")):
+        with pytest.raises(ValueError, match=r"density=.*: give a number in \[0, 1\]"):
+            who(density)
+
+
+def frugal(**given):
+    return gradkit.FRUGAL([{"params": [torch.zeros(2, 2, requires_grad=True)], "role": "matrix"}], **given)
+
+
+def test_a_split_takes_rules_alone_and_refuses_what_has_no_state_to_stand_on():
+    p = torch.zeros(4, 4, requires_grad=True)
+    optimizer = gradkit.Optimizer([p], gradkit.split("randk", accumulate, doubled, density=0.25), lr=1.0)
+    p.grad = torch.ones(4, 4)
+    optimizer.step()
+    assert optimizer.state[p]["low_total"].tolist() == [1.0] * 4 and -p.detach().sum().item() == 4.0 + 2.0 * 12
+    inner = gradkit.split("rows", doubled)
+    for inside, outside, why in [
+        (tx.clip_by_norm(1.0), None, "clip_by_norm.squares_of_each can't stand in it, it is a measure"),
+        (tx.grokfast_ma(3), None, "grokfast_ma.ma_filter keeps a ring"),
+        (doubled, accumulate, "accumulate keeps or borrows state, which the rest has none of"),
+        (inner, None, "another split stands in it: a chain may have one"),
+        (chain(), doubled, "the chain for what is selected is empty"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            gradkit.split("columns", inside, outside)

@@ -7,6 +7,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from ..plan import Units
+    from ..selection import Choice
 
 
 def blocks_of(sizes: Sequence[int] | np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndarray]:
@@ -19,6 +20,18 @@ def blocks_of(sizes: Sequence[int] | np.ndarray, chunk: int) -> tuple[np.ndarray
 def steps(counts: np.ndarray) -> np.ndarray:
     """0, 1, ... for each count, one after the other."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.int64)  # of each byte
+
+
+def first_selected(choices: "Sequence[Choice]", chunk: int) -> np.ndarray:
+    """How many elements of its tensor are selected before each chunk."""
+    first = []
+    for x in choices:
+        counts = np.add.reduceat(ONES[x.bits], np.arange(0, x.shape.numel(), chunk) // 8)
+        first.append(np.cumsum(counts) - counts)
+    return np.concatenate(first)
 
 
 STRIP = 512  # elements side by side in a box that takes the same units from many lines

@@ -1,5 +1,6 @@
 """A pass as C text: the rules' own expressions, one after the other, in one loop over the elements of a block."""
 
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,11 @@ from ..language import Code
 from ..transform import AXES, Measure, Stage
 
 if TYPE_CHECKING:
+    from ..chain import Placed
     from ..plan import Kind, Pass
 
 PRELUDE = Path(__file__).with_name("prelude.h").read_text()
+SPLIT = Path(__file__).with_name("split.h").read_text()
 STORAGE = {
     torch.float32: ("float", "f32"),
     torch.float64: ("double", "f64"),
@@ -22,14 +25,17 @@ STORAGE = {
 }
 # what `run` is given, one int64 each, in this order
 JOB = tuple(
-    "pointers blocks first last size row H columns M measured R units out place tensors threads random clock".split()
+    "pointers blocks first last size row H columns M measured R units out place tensors threads".split()
+    + "random clock bits low".split()
 )
 BLOCK = 1 << 16
+PART = 1 << 9  # of a split at once: while one is computed the next is fetched; 4K take twice the time
 
 RUN = """
 void run(const int64_t *job) {{
   const int64_t *pointers = (void *)job[{pointers}], *size = (void *)job[{size}], *random = (void *)job[{random}];
   const int64_t *units = (void *)job[{units}], *place = (void *)job[{place}], *blocks = (void *)job[{blocks}];
+  const int64_t *bits = (void *)job[{bits}], *low = (void *)job[{low}];
   const int32_t *row = (void *)job[{row}];
   const T *H = (void *)job[{H}], *M = (void *)job[{M}], *R = (void *)job[{R}];
   double *out = (void *)job[{out}];
@@ -42,10 +48,18 @@ void run(const int64_t *job) {{
 }}
 """
 SPAN = """span({arguments}, H + row[t] * columns, M + t * measured, {given}, out + {into},
-      random[3 * t] + start, job[{clock}], random[3 * t + 1], random[3 * t + 2], {step}, {n});"""
+      random[3 * t] + start, job[{clock}], random[3 * t + 1], random[3 * t + 2], {words}, {step}, {n});"""
 # BLOCK consecutive elements of a tensor
 CHUNK = """const long t = blocks[2 * b], start = blocks[2 * b + 1] * {BLOCK}, left = size[t] - start;
     {span}"""
+# the same in parts, `first` elements of the tensor are selected before each
+PARTS = """const long t = blocks[2 * b], begin = blocks[2 * b + 1] * {BLOCK};
+    const long end = size[t] - begin < {BLOCK} ? size[t] : begin + {BLOCK};
+    for (long start = begin, first = low[b]; start < end; start += {PART}) {{
+      const long n = end - start < {PART} ? end - start : {PART};
+      {span}
+      first += count((uint64_t *)bits[t] + start / 64, n);
+    }}"""
 # a box of a tensor's units, each `inner` consecutive elements in each of `outer` places
 BOX = """const int64_t *at = blocks + 4 * b, *of = units + 7 * at[0];
     const long t = at[0], count = of[2], inner = of[3];
@@ -61,6 +75,25 @@ BOX = """const int64_t *at = blocks + 4 * b, *of = units + 7 * at[0];
         {one_by_one}
       }}
     }}"""
+
+
+# what a split selects of a block: gathered, run, and spread over U, where S marks it
+SELECTED = """uint16_t places[{PART}];
+  uint8_t S[{PART} + 16];
+  T U[{PART} + 16], V[{PART} + 16];
+  {scratch}
+  const long m = count(bits, n);
+  if (!BY_BITS || {listed}) list(bits, n, places);
+  {gather}
+  {{
+    {shadow}
+    for (long i = 0; i < m; i++) {{
+      {body}
+      V[i] = u;
+      {stores}
+    }}
+  }}
+  spread(V, bits, places, m, n, U, S);"""
 
 
 def helpers(codes: list[Code], done: set[str]) -> list[str]:
@@ -82,10 +115,10 @@ def inline(name: str, code: Code, given: list[str], results: list[str]) -> str:
     return f"/* {name} */ {{ {' '.join(lines)} }}"
 
 
-def links(kind: "Kind", ps: "Pass") -> list[str]:
-    """The rules of a pass, on the registers u, p, g and s_<slot>."""
+def links(kind: "Kind", rules: "list[tuple[int, Placed]]") -> list[str]:
+    """Rules on the registers u, p, g and s_<slot>."""
     out = []
-    for i, placed in ps.rules:
+    for i, placed in rules:
         rule, registers = placed.link, [f"s_{n}" for n in placed.holds]
         given = ["u", *rule.sees, *registers, *(c.register for c in kind.program.scalars.of[i])]
         flows = "p" if rule.stage == Stage.WRITE else "u"
@@ -116,38 +149,80 @@ def source(kind: "Kind", ps: "Pass") -> str:
     """The whole C file of one pass."""
     dtypes = dict(zip(kind.program.slots, kind.slots, strict=True))
     roles = {"p": kind.dtype, "g": kind.gdtype, **{f"s_{n}": dtypes[n] for n in ps.slots}}
-    loads = {r: f"load_{STORAGE[d][1]}(P_{r}[i])" for r, d in roles.items() if r != "p" or ps.reads_p}
-    if kind.rounding == "kahan" and ps.reads_p:
+    kahan = kind.rounding == "kahan" and ps.reads_p
+    if kahan:
         roles["rest"] = kind.dtype
-        loads["p"] += f" + load_{STORAGE[kind.dtype][1]}(P_rest[i])"
-    body = [f"T {r} = {x};" for r, x in loads.items()]
-    body += ["g = -g;"] * kind.program.maximize + ["T u = g;"]
-    if kind.rounding == "kahan" and ps.writes:
+    low = {f"s_{n}" for n in ps.low}
+
+    def stored(name: str) -> str:
+        return f"P_s_{name}[i] = store_{STORAGE[dtypes[name]][1]}(s_{name});"
+
+    def loads(wanted: Iterable[str]) -> list[str]:
+        """Registers of these roles, and u."""
+        lines = [f"T {r} = load_{STORAGE[roles[r]][1]}(P_{r}[i]);" for r in wanted if r != "rest"]
+        lines += [f"p = p + load_{STORAGE[kind.dtype][1]}(P_rest[i]);"] * (kahan and "p" in wanted)
+        return lines + ["g = -g;"] * kind.program.maximize + ["T u = g;"]
+
+    body = loads([r for r in roles if r not in low and (r != "p" or ps.reads_p)])
+    if kahan and ps.writes:
         body.append("T p_before = p;")
-    rules = links(kind, ps)
+    before, inside, outside, after = ps.parts()
+    rest = links(kind, before) + (links(kind, outside) + ["u = S[i] ? U[i] : u;"]) * ps.splits + links(kind, after)
     if ps.measure and "before" in ps.measure.link.sees:
-        rules.insert(len(rules) - 1, "T before = u;")
-    body += rules
+        rest.insert(len(before) if ps.splits and not after else len(rest) - 1, "T before = u;")
+    body += rest
     codes = [x.link.code for _, x in ps.rules] + ([ps.measure.link.code] if ps.measure else [])
     used = sorted({c for i, _ in ps.rules for c in kind.program.scalars.of[i]})
     lets = [f"const T {c.register} = {c.table.upper()}[{c.at}];" for c in used if c.table != "r"]
+    if ps.splits:
+        seen = {n for _, x in before + inside for n in (*x.link.sees, *(f"s_{h}" for h in x.holds)) if n not in low}
+        wanted = [r for r in roles if r in seen or r == "g" or (r == "rest" and "p" in seen)]
+        held = {r: STORAGE[roles[r]] for r in wanted}
+        lets.append(
+            SELECTED.format(
+                PART=PART,
+                listed=int({*(roles[r] for r in wanted), kind.compute} != {torch.float32}),
+                scratch=" ".join(f"{c} G_{r}[{PART} + 16];" for r, (c, _) in held.items()),
+                gather=" ".join(f"pack_{c}(P_{r}, bits, places, m, n, G_{r});" for r, (_, c) in held.items()),
+                shadow=" ".join(f"const {c} *P_{r} = G_{r};" for r, (c, _) in held.items()),
+                body="\n      ".join(
+                    loads([*(r for r in wanted if r != "rest"), *(r for r in roles if r in low)])
+                    + links(kind, before + inside)
+                ),
+                stores=" ".join(stored(n) for n in ps.stores if f"s_{n}" in low),
+            )
+        )
     given = len(kind.program.scalars.by_unit)
     body = [f"const T {c.register} = R[i * step * {given} + {c.at}];" for c in used if c.table == "r"] + body
     results, each_unit = (len(ps.measure.link.reduce), ps.measure.link.scope in AXES) if ps.measure else (0, False)
     if ps.measure:
         loop = reduction(ps.measure.link, body)
     else:
-        stores = [f"P_s_{n}[i] = store_{STORAGE[dtypes[n]][1]}(s_{n});" for n in ps.stores]
+        stores = [stored(n) for n in ps.stores if f"s_{n}" not in low]
         lines = "\n    ".join(body + write(kind) * ps.writes + stores)
         loop = f"for (long i = 0; i < n; i++) {{\n    {lines}\n  }}"
     written = {*(f"s_{n}" for n in ps.stores), *(["p", "rest"] * ps.writes)}
     names = [("const " if r not in written else "") + f"{STORAGE[d][0]} *restrict P_{r}" for r, d in roles.items()]
-    arguments = [f"({STORAGE[d][0]} *)pointers[{j} * tensors + t] + start" for j, d in enumerate(roles.values())]
-    signature = ", ".join([*names, "const T *H", "const T *M", "const T *R", "double *out", "uint64_t element"])
+    starts = ["first" if r in low else "start" for r in roles]
+    arguments = [
+        f"({STORAGE[d][0]} *)pointers[{j} * tensors + t] + {at}"
+        for j, (d, at) in enumerate(zip(roles.values(), starts, strict=True))
+    ]
+    more = [
+        "const T *H",
+        "const T *M",
+        "const T *R",
+        "double *out",
+        "uint64_t element",
+        "int64_t clock",
+        "int64_t index",
+    ]
+    signature = ", ".join([*names, *more, "int64_t seed", "const uint64_t *bits", "const long step", "long n"])
     places = {name: i for i, name in enumerate(JOB)}
 
     def span(**how: Any) -> str:
-        return SPAN.format(arguments=", ".join(arguments), **how, **places)
+        words = "(uint64_t *)bits[t] + start / 64" if ps.splits else "0"
+        return SPAN.format(arguments=", ".join(arguments), words=words, **how, **places)
 
     if in_units(kind, ps):
         r, into = f"R + (of[0] + u) * {given}", f"(place[b] + (u - at[2]) * {int(each_unit)}) * {results}"
@@ -156,15 +231,17 @@ def source(kind: "Kind", ps: "Pass") -> str:
         )
         block = BOX.format(side_by_side=span(**many), one_by_one=span(**one))
     else:
-        ends = {"given": "R", "into": f"place[b] * {results}", "step": 0, "n": f"left < {BLOCK} ? left : {BLOCK}"}
-        block = CHUNK.format(BLOCK=BLOCK, span=span(**ends))
+        n = "n" if ps.splits else f"left < {BLOCK} ? left : {BLOCK}"
+        ends = {"given": "R", "into": f"place[b] * {results}", "step": 0, "n": n}
+        block = (PARTS if ps.splits else CHUNK).format(BLOCK=BLOCK, PART=PART, span=span(**ends))
     inlined = "static inline __attribute__((always_inline)) void span"  # `step` is known where it is called
     return "\n".join(
         [
             f"typedef {STORAGE[kind.compute][0]} T;",
             PRELUDE,
+            *[SPLIT] * ps.splits,
             *helpers([c for code in codes for c in code.calls], set()),
-            f"{inlined}({signature}, int64_t clock, int64_t index, int64_t seed, const long step, long n) {{",
+            f"{inlined}({signature}) {{",
             "  " + "\n  ".join([*lets, loop]) + "\n}",
             RUN.format(block=block, **places),
         ]

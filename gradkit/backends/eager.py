@@ -1,7 +1,7 @@
 """Parameter by parameter, link by link, plain torch: the reference; a breakpoint in a rule works here."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +12,12 @@ from ..transform import AXES, Stage
 from .blocks import box_of, corners
 
 if TYPE_CHECKING:
+    from ..chain import Placed
     from ..plan import Batch, Pass, Units
     from ..scalars import Column
 
 WRITE_STREAM = random.stream("write")
+Note = Callable[[str, Tensor], None]
 
 
 @dataclass
@@ -31,12 +33,25 @@ class Part:
     units: slice  # its rows or columns, among those of the whole batch
     axis: int | None  # along which they lie here; None: it is part of one
     index: int | Tensor  # where its first element, or each, stands in the full tensor
+    low: Tensor | None = None  # the places in it of what a split selects, and which slots cover that alone
+    lows: Sequence[str] = ()
 
     def pieces(self, size: int, units: "Units", lies: bool) -> Iterator["Part"]:
         """The same in pieces of memory: consecutive, or where units matter boxes [outer, units, inner].
 
         lies: each element's index is asked for.
         """
+        if self.low is not None:
+            flat = {name: t.view(-1) for name, t in self.slots.items()}
+            for start in range(0, self.p.numel(), size):
+                end = min(start + size, self.p.numel())
+                a, b = torch.searchsorted(self.low, torch.tensor([start, end], device=self.low.device)).tolist()
+                slots = {n: t[a:b] if n in self.lows else t[start:end] for n, t in flat.items()}
+                p, g = self.p.view(-1)[start:end], self.g.view(-1)[start:end]
+                rest = None if self.residual is None else self.residual.view(-1)[start:end]
+                low = self.low[a:b] - start
+                yield replace(self, p=p, g=g, slots=slots, residual=rest, index=self.index + start, low=low)
+            return
         if self.axis is None:
             units = units._replace(outer=1, number=1, inner=self.p.numel())
         box = box_of(units, size)
@@ -71,11 +86,19 @@ def folded(x: Tensor, how: str, axis: int | None) -> Tensor:
     return torch.stack([c.sum() for c in x.flatten().split(1 << 15)]).sum()[None]
 
 
+def joined(rest: Tensor, chosen: Tensor, places: Tensor | None) -> Tensor:
+    """A tensor in which what a split selects is replaced."""
+    flat = rest.reshape(-1).clone()
+    flat[places] = chosen
+    return flat.view(rest.shape)
+
+
 class Eager:
     name = "eager"
 
     def __init__(self, batch: "Batch"):
         self.batch = batch
+        self.low = [torch.from_numpy(x.index()).to(batch.device) for x in batch.choices]
 
     def begin(self) -> None:
         """Send the step's table."""
@@ -87,9 +110,10 @@ class Eager:
         slots = {n: b.entry(n, t) for n in ps.slots}
         units, axis = slice(b.first_unit[t], b.first_unit[t + 1]), b.program.axis if b.params[t].dim() > 1 else None
         row, measured = self.table[b.row[t]], b.measured[t]
-        yield Part(b.params[t], b.grads[t], slots, kept, row, measured, units, axis, b.logical[t])
+        low = (self.low[t], ps.low) if ps.splits else ()
+        yield Part(b.params[t], b.grads[t], slots, kept, row, measured, units, axis, b.logical[t], *low)
 
-    def walk(self, ps: "Pass", part: Part, note: Callable[[str, Tensor], None] | None = None) -> dict[str, Tensor]:
+    def walk(self, ps: "Pass", part: Part, note: Note | None = None) -> dict[str, Tensor]:
         """Run the rules of a pass on one part -> u, p, g and the new slots, in the arithmetic type."""
         b = self.batch
         p, g = part.p.to(b.compute), part.g.to(b.compute)
@@ -98,9 +122,30 @@ class Eager:
         if b.program.maximize:
             g = -g
         seen = {"u": g, "p": p, "g": g, "before": g, **{f"slot {n}": t.to(b.compute) for n, t in part.slots.items()}}
-        for i, placed in ps.rules:
+        before, inside, outside, after = ps.parts()
+        self.run(before, part, seen, note)
+        if part.low is not None:
+            rest, lows = seen["u"], [f"slot {n}" for n in part.lows]
+            chosen = {n: x.reshape(-1)[part.low] for n, x in seen.items() if n not in lows}
+            chosen |= {n: seen[n].reshape(-1) for n in lows}
+
+            def whole(name: str, x: Tensor) -> None:
+                if note:
+                    note(name, joined(rest, x, part.low))
+
+            self.run(inside, part, chosen, whole)
+            self.run(outside, part, seen, note)
+            seen |= {n: chosen[n] for n in lows} | {"u": joined(seen["u"], chosen["u"], part.low), "before": rest}
+        self.run(after, part, seen, note)
+        return seen
+
+    def run(
+        self, rules: Sequence[tuple[int, "Placed"]], part: Part, seen: dict[str, Tensor], note: Note | None
+    ) -> None:
+        """Run rules on u, p, g and slots, which they replace."""
+        for i, placed in rules:
             rule, held = placed.link, [f"slot {n}" for n in placed.holds]
-            scalars = [self.scalar(part, c) for c in b.program.scalars.of[i]]
+            scalars = [self.scalar(part, c) for c in self.batch.program.scalars.of[i]]
             out = rule.fn(seen["u"], *(seen[n] for n in (*rule.sees, *held)), *scalars)
             results = out if isinstance(out, tuple) else (out,)
             seen["before"] = seen["u"]
@@ -108,7 +153,6 @@ class Eager:
             seen.update(zip((flows, *held), results, strict=True))
             if note:
                 note(placed.label, seen[flows])
-        return seen
 
     def scalar(self, part: Part, column: "Column") -> Tensor:
         """One of the host's table or of a measure; of units as many as lie along the part's axis."""
@@ -143,7 +187,7 @@ class Eager:
                 # a rule may hand on one slot's tensor as another's new value
                 p, *new = [x.clone() if any(x is y for y in part.slots.values()) else x for x in new]
                 for slot, x in zip(old, new, strict=True):
-                    slot.copy_(x)
+                    slot.copy_(x.view(slot.shape))
                 if ps.writes:
                     self.write(part, p, t)
 

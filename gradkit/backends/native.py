@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..transform import AXES
 from . import ccache
-from .blocks import blocks_of, box_of, corners, steps
+from .blocks import blocks_of, box_of, corners, first_selected, steps
 from .csource import BLOCK, JOB, in_units, source
 
 if TYPE_CHECKING:
@@ -106,9 +106,11 @@ class Compiled:
         self.random = np.zeros((len(b.params), 3), np.int64)
         if b.rounding == "stochastic":
             self.random[:] = list(zip(b.logical, b.index, [b.groups[g]["seed"] for g in b.group], strict=True))
+        self.bits = np.array([x.bits.ctypes.data for x in b.choices], np.int64)
+        self.low = first_selected(b.choices, BLOCK) if ps.splits else np.zeros(0, np.int64)
         self.out = np.zeros((len(of), len(ps.measure.link.reduce) if ps.measure else 0))
         self.job = np.zeros(len(JOB), np.int64)
-        for name in ("pointers", "blocks", "size", "random", "out", "units", "place"):
+        for name in ("pointers", "blocks", "size", "random", "out", "units", "place", "bits", "low"):
             self.job[PLACE[name]] = getattr(self, name).ctypes.data
         self.job[PLACE["tensors"]], self.job[PLACE["last"]] = len(b.params), len(self.blocks)
         self.job[PLACE["M"]], self.job[PLACE["measured"]] = b.measured.data_ptr(), b.measured.shape[1]

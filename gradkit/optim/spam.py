@@ -5,10 +5,11 @@ from typing import Any, ClassVar
 
 from typing_extensions import Unpack
 
-from ..chain import Chain, chain
+from ..chain import Chain, Split, chain
 from ..ops import sign, sqrt, where
 from ..optimizer import Optimizer
 from ..options import COUNT, NOT_NEGATIVE, STEPS, Number, Options
+from ..selection import SHARE, nothing
 from ..transform import Stage, derive, rule
 from .adamw import adam
 
@@ -48,6 +49,11 @@ def spam_scalars(
     }  # fmt: skip
 
 
+@derive()
+def with_reset(reset_every, clock):
+    return {"refresh": clock // reset_every if reset_every else 0}
+
+
 class SPAM(Optimizer):
     r"""Spike-aware Adam with momentum reset.
 
@@ -66,8 +72,11 @@ class SPAM(Optimizer):
     threshold: a spike's square over the mean square before it; None: nothing is cut.
     reset_every: steps between resets; None: never.
     warmup_after_reset: steps until s is 1. clip_free_steps: steps without a cut at the start and after each reset.
+    density: the share of the entries of each matrix that is trained, with state for them alone; another at each reset.
+        None: all. Decay is of all entries. Tensors of one axis are trained whole.
     clip_zero_variance: also cut where v = 0, which freezes weights whose gradients were 0 until then.
-    official_quirks: the authors' numbers: that, and decay after the update.
+    official_quirks: the authors' numbers: that, decay after the update, and with a density none, and after the first
+        reset as many entries as chance gives.
     """
 
     ranges: ClassVar = {
@@ -75,6 +84,7 @@ class SPAM(Optimizer):
         "reset_every": STEPS._replace(optional=True),
         "warmup_after_reset": COUNT,
         "clip_free_steps": COUNT,
+        "density": SHARE._replace(optional=True),
     }
 
     def __init__(
@@ -91,16 +101,28 @@ class SPAM(Optimizer):
         clip_free_steps: int = 20,
         correct_bias: bool = True,
         reset_bias_correction: bool = False,
+        density: float | None = None,
         clip_zero_variance: bool = False,
         official_quirks: bool = False,
         **options: Unpack[Options],
     ):
         own: dict[str, Any] = {"threshold": threshold, "reset_every": reset_every}
         own |= {"warmup_after_reset": warmup_after_reset, "clip_free_steps": clip_free_steps}
-        own |= {"correct_bias": correct_bias, "reset_bias_correction": reset_bias_correction}
+        own |= {"correct_bias": correct_bias, "reset_bias_correction": reset_bias_correction, "density": density}
         own |= {"clip_zero_variance": clip_zero_variance, "official_quirks": official_quirks}
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **own, **options)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            group = {**self.defaults, **param_group}
+            if group["official_quirks"] and group["density"] is not None:
+                param_group["decay"] = "none"
+        super().add_param_group(param_group)
+
     def links(self, group: Any) -> Chain:
         before = [reset_moments] * bool(group["reset_every"]) + [clip_spikes] * bool(group["threshold"])
-        return chain(*before, adam, derive=spam_scalars)
+        whole = chain(*before, adam, derive=spam_scalars)
+        if group["density"] is None:
+            return whole
+        order = "bernoulli" if group["official_quirks"] else "random"
+        return chain(Split("randk", whole, chain(nothing), order, keep=True), derive=with_reset)

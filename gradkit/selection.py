@@ -1,0 +1,163 @@
+"""Which tensors, columns, rows or entries a split selects: a pure function of the seed and the selection's number."""
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import random, sharding
+from .chain import Chain, Placed, Split
+from .chain import chain as make_chain
+from .ops import absolute, where
+from .options import STEPS, Range, check_choice
+from .scalars import derived, look, number
+from .transform import Rule, derive, rule
+
+KINDS = ("blocks", "columns", "rows", "randk")
+ORDERS = ("random", "ascending", "descending", "mirror")
+SHARE = Range("a number in [0, 1]", 0, math.nextafter(1, 2))
+CACHED = 1 << 16  # random numbers that are made at once
+
+
+class Turn(NamedTuple):
+    """What a selection depends on."""
+
+    kind: str
+    order: str
+    density: float
+    refresh: int  # the selection's number, from 0
+    seed: int
+
+
+class Choices:
+    """What is selected in a turn. A subclass in its place, `optimizer.choices = Mine()`, selects otherwise."""
+
+    def tensors(self, turn: Turn, group: int, count: int) -> list[int]:
+        """Which of a group's `count` tensors."""
+        k = round(count * turn.density)
+        if turn.order == "random":
+            return sorted(np.argsort(keys(turn, group, count), kind="stable")[:k].tolist())
+        if turn.order == "mirror":  # pairs, from the outside to the middle
+            if k % 2:
+                raise ValueError(f"block_order='mirror' takes pairs, and density selects {k} of {count}: make it even")
+            pairs = [(turn.refresh * k // 2 + j) % (count // 2) for j in range(k // 2)]
+            return sorted(i for pair in pairs for i in (pair, count - 1 - pair))
+        ascending = [(turn.refresh * k + j) % count for j in range(k)]
+        return sorted(ascending if turn.order == "ascending" else [count - 1 - i for i in ascending])
+
+    def within(self, turn: Turn, index: int, count: int) -> np.ndarray:
+        """Which of `count` columns, rows or entries of the parameter with this index, in ascending order."""
+        k = int(count * turn.density)
+        if k in (0, count):
+            return np.arange(k)
+        mine = keys(turn, index, count)
+        if turn.order == "bernoulli" and turn.refresh:
+            return np.flatnonzero(mine < turn.density * 2**32)
+        limit = np.partition(mine, k - 1)[k - 1]
+        picks = np.flatnonzero(mine < limit)
+        return np.sort(np.concatenate([picks, np.flatnonzero(mine == limit)[: k - len(picks)]]))
+
+
+def keys(turn: Turn, index: int, count: int) -> np.ndarray:
+    """A random number of each: the smallest are selected."""
+    stream, out = random.stream(turn.kind), np.empty(-(-count // 4) * 4, np.uint32)
+    for start in range(0, count, CACHED):
+        four = torch.arange(start // 4, -(-min(count, start + CACHED) // 4))
+        words = torch.stack(random.words(four, turn.refresh, index, turn.seed, stream), 1)
+        out[start : start + words.numel()] = words.flatten().numpy().astype(np.uint32)
+    return out[:count]
+
+
+class Choice:
+    """The columns, rows or entries of one tensor that are selected: some, not all."""
+
+    def __init__(self, kind: str, picks: np.ndarray, shape: torch.Size):
+        self.kind, self.shape = kind, shape
+        self.picks = picks if kind != "randk" else np.zeros(0, np.int64)
+        lines, length = shape[0], shape.numel() // shape[0]
+        self.count = len(picks) * {"columns": lines, "rows": length, "randk": 1}[kind]
+        self.slot = {"columns": (lines, len(picks)), "rows": (len(picks), *shape[1:]), "randk": (len(picks),)}[kind]
+        if kind == "randk":  # as bits, for there may be millions
+            self.bits = self.packed(picks)
+
+    @cached_property
+    def bits(self) -> np.ndarray:
+        """A bit for each element in logical order, in whole words of 64."""
+        return self.packed(self.index())
+
+    def packed(self, index: np.ndarray) -> np.ndarray:
+        marks = np.zeros(-(-self.shape.numel() // 64) * 64, np.bool_)
+        marks[index] = True
+        return np.packbits(marks, bitorder="little")
+
+    def index(self) -> np.ndarray:
+        """The logical places of the selected elements, ascending."""
+        length = self.shape.numel() // self.shape[0]
+        if self.kind == "columns":
+            return (np.arange(self.shape[0])[:, None] * length + self.picks).ravel()
+        if self.kind == "rows":
+            return (self.picks[:, None] * length + np.arange(length)).ravel()
+        return np.flatnonzero(np.unpackbits(self.bits, bitorder="little"))
+
+
+def turn_of(split: Placed, group: Mapping[str, Any], clock: float) -> Turn:
+    """The turn of a group in the step that `clock` counts."""
+    made = derived(split, group, {}, clock)
+    values = (number(split, n, made[n] if n in made else look(split, n, group, {}, clock)) for n in split.link.scalars)
+    density, refresh = values
+    return Turn(split.link.kind, split.link.order, density, int(refresh), int(group["seed"]))
+
+
+def select(choices: Choices, turn: Turn, p: Tensor, index: int) -> Choice | bool:
+    """What is selected of one parameter; a tensor without rows and columns is, as a whole."""
+    if sharding.is_sharded(p) or getattr(p, "_is_flat_param", False):
+        how = "sharded" if sharding.is_sharded(p) else "flattened with others"
+        raise TypeError(f"parameter {index} is {how}: {turn.kind} of it can't be selected; select 'blocks'")
+    if p.dim() < 2 or not p.numel():
+        return True
+    count = {"columns": p.numel() // p.shape[0], "rows": p.shape[0], "randk": p.numel()}[turn.kind]
+    picks = choices.within(turn, index, count)
+    return len(picks) == count if len(picks) in (0, count) else Choice(turn.kind, picks, p.shape)
+
+
+@rule
+def nothing(u):
+    return where(absolute(u) < 0.0, u, 0.0)  # 0 for NaN too
+
+
+@derive()
+def every(update_gap, clock):
+    return {"refresh": (clock - 1) // update_gap}
+
+
+def split(
+    selection: str,
+    inside: Chain | Rule,
+    outside: Chain | Rule | None = None,
+    *,
+    density: float = 0.25,
+    update_gap: int = 200,
+    block_order: str = "random",
+    reset_state: bool = True,
+    name: str | None = None,
+) -> Chain:
+    """Run one chain on what is selected, with state for that alone, and another on the rest.
+
+    selection: "blocks": of each group's tensors; "columns", "rows" or "randk", single entries: of each tensor that has
+        two axes; others are selected as a whole.
+    inside: the chain of what is selected. outside: of the rest, without state; None: the rest doesn't move.
+    density: the share that is selected. update_gap: steps between selections.
+    block_order: how blocks follow each other: "random", "ascending", "descending", or "mirror", pairs from both ends.
+    reset_state: state starts fresh with each selection; if False it stays in its place where its shape still fits.
+    """
+    check_choice("split", "selection", selection, KINDS)
+    check_choice("split", "block_order", block_order, ORDERS)
+    rest = make_chain(nothing if outside is None else outside)
+    two = Split(selection, make_chain(inside), rest, block_order, not reset_state)
+    ranges = {"density": SHARE, "update_gap": STEPS}
+    numbers: Any = {"density": density, "update_gap": update_gap}
+    return make_chain(two, derive=every, name="split", ranges=ranges, **numbers).named(name)
