@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tests.reference import (
     clip_by_norm,
     clip_by_value,
     diffgrad,
+    frugal,
     grokfast,
     grokfast_ema,
     grokfast_ma,
@@ -33,6 +35,7 @@ from tests.reference import (
     stablespam,
     zclip,
 )
+from tests.reference.selection import selected
 from tests.reference.trajectory import Run
 
 BACKENDS = ("eager", "chunked", "native")
@@ -105,6 +108,30 @@ def scaled(roles: Mapping[int, tuple[str, int | None]]) -> Callable[..., gradkit
         return gradkit.SCALE(groups, **given)
 
     return build
+
+
+def frugal_of(params: Iterable[Any], **given: Any) -> gradkit.FRUGAL:
+    """Runs of parameters with, and without, two axes or more are groups."""
+    runs = groupby(params, lambda p: p.dim() > 1)
+    groups = [{"params": list(run), "role": "matrix" if matrix else "vector"} for matrix, run in runs]
+    return gradkit.FRUGAL(groups, **given)
+
+
+def thinned(density: float, reset_every: int, **arguments: Any) -> Links:
+    """SPAM on a part of the entries: where it isn't selected, a matrix stands still."""
+
+    def direction(u: Any, state: Any) -> Any:
+        chosen = selected("randk", state["clock"] // reset_every, state["at"], state["shapes"], density)
+        inner = state.setdefault("inner", {})
+        inner["clock"] = state["clock"]
+        if state["clock"] % reset_every == 0:
+            inner.update(m=np.zeros(chosen.sum()), v=np.zeros(chosen.sum()))
+        out = np.zeros_like(u)
+        if chosen.any():
+            out[chosen] = spam.direction(u[chosen], inner, reset_every=reset_every, zero_variance=False, **arguments)
+        return out
+
+    return {"direction": direction}
 
 
 def masked_adam(**arguments: Any) -> Links:
@@ -330,6 +357,31 @@ CASES = (
             ("", {1: ("vector", None), 2: ("embedding", 0), 4: ("last", 1)}, {}),
             ("_l2", {1: ("vector", None), 2: ("last", 0), 4: ("matrix", 0)}, {"norm": "l2"}),
         )
+    ),
+    *(
+        Case(
+            f"frugal_{name}",
+            frugal_of,
+            frugal.links,
+            {"update_gap": 3, "density": 0.5, **more},
+            limits=(
+                "test_frugal_of_everything_is_its_base",
+                "test_frugal_of_nothing_is_the_state_free_rule",
+            ),
+        )
+        for name, more in (
+            ("blocks", {**BETAS, "base": "lion", "lr_scale": 0.5}),
+            ("columns", {**ADAM, "split": "columns", "state_free_lr_scale": 0.1}),
+            ("rows", {"momentum": 0.7, "split": "rows", "base": "sgdm", "state_free": "sgd"}),
+        )
+    ),
+    Case(
+        "spam_density",
+        gradkit.SPAM,
+        thinned,
+        {**BETAS, "eps": 1e-3, "threshold": 2.0, "reset_every": 3, "warmup_after_reset": 2, "clip_free_steps": 1,
+         "density": 0.5},
+        limits=("test_spam_of_everything_is_spam",),
     ),
     Case(
         "column_normalize",

@@ -11,7 +11,7 @@ import torch
 
 import gradkit
 from tests.cases import BACKENDS, BY_NAME, CASES, Case
-from tests.reference import pixelwise_clip, sophia, vanishing_gradient_penalty
+from tests.reference import frugal, pixelwise_clip, sophia, vanishing_gradient_penalty
 from tests.reference.trajectory import Run
 from tests.runs import ran_on, replay
 from tests.tolerance import assert_follows, tolerance
@@ -23,7 +23,7 @@ OURS = {
     **{"update_proj_gap": "reset_every", "total_T": "total_steps"},
     **{"rho": "gamma", "k": "hessian_every", "bias_correction": "correct_bias"},
 }
-LEFT_OUT = ("density", "density_param_idx", "bs", "hess_order")  # None in these files, or not an argument of ours
+LEFT_OUT = ("density_param_idx", "bs", "hess_order", "coord_choice")  # no arguments of ours, or by other names
 RUNS = [(case.name, file) for case in CASES for file in case.golden if not file.startswith("tx_")]
 ZCLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_zclip")]
 AGC = "tx_agc__clip0.1"
@@ -35,6 +35,13 @@ SCALES = {
         **{"lr": 0.01, "weight_decay": 0.1, "momentum": 0.8, "vector_lr": 0.02},
         **{"vector_betas": (0.9, 0.95), "vector_eps": 1e-6},
     },
+}
+SPLITS = {
+    "frugal__block_random": {"split": "blocks"},
+    "frugal__block_density0": {"split": "blocks"},
+    "frugal__coord_columns": {"split": "columns"},
+    "frugal__coord_sgd_momentum": {"split": "columns", "base": "sgdm", "official_quirks": True},
+    "spam__density05": {"official_quirks": True, "density": 0.5},
 }
 
 
@@ -48,7 +55,7 @@ class Golden:
         given = self.meta["hyperparameters"]
         given = {**given.get("optimizer_kwargs", {}), **given.get("filter", given)}
         self.labels, self.late = given.get("bs"), given.get("hess_order") == "after"
-        given = {k: v for k, v in given.items() if k not in LEFT_OUT}
+        given = {k: v for k, v in given.items() if k not in LEFT_OUT and not (k == "density" and v is None)}
         self.arguments = {OURS.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         self.count = sum(k.startswith("init_") for k in self.arrays)
 
@@ -114,9 +121,8 @@ def fed(golden: Golden, params: list[torch.Tensor], arguments: Mapping[str, Any]
 
 
 def test_every_golden_file_is_replayed():
-    assert {file for _, file in RUNS + CLIPS + ZCLIPS} | {AGC, *OTHERS, *SCALES} == {
-        x.stem for x in FOLDER.glob("*.npz")
-    }
+    alone = {AGC, *OTHERS, *SCALES, *SPLITS}
+    assert {file for _, file in RUNS + CLIPS + ZCLIPS} | alone == {x.stem for x in FOLDER.glob("*.npz")}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -270,3 +276,69 @@ def test_scale_is_the_authors(file, backend):
     optimizer = gradkit.SCALE(groups, backend=backend, **SCALES[file])
     seen = replay(optimizer, params, golden.steps("grad"), backend=backend)
     golden.assert_followed([[x.numpy() for x in one] for one in seen])
+
+
+class Recorded(gradkit.Choices):
+    """What the authors' run selected: each parameter's mask at the first step of a turn."""
+
+    def __init__(self, golden: Golden, period: int, first: int):
+        self.golden, self.period, self.first = golden, period, first
+
+    def mask(self, turn: Any, index: int) -> np.ndarray:
+        return self.golden.arrays[f"mask_{max(1, turn.refresh * self.period + self.first)}_{index}"]
+
+    def tensors(self, turn: Any, group: int, count: int) -> list[int]:
+        return [j for j in range(count) if self.mask(turn, j + 1).all()]  # behind the regular one
+
+    def within(self, turn: Any, index: int, count: int) -> np.ndarray:
+        mask = self.mask(turn, index)
+        return np.flatnonzero(mask.all(0) if turn.kind == "columns" else mask.ravel())
+
+
+def split_run(golden: Golden, file: str, **options: Any) -> tuple[list[torch.Tensor], gradkit.Optimizer]:
+    """Parameters, and FRUGAL or SPAM with what was selected for them."""
+    params, given = golden.params(), {**golden.arguments, **SPLITS[file], **options}
+    if file.startswith("spam"):
+        density = given.pop("density")
+        groups = [{"params": [p], "density": density if i in (1, 3) else None} for i, p in enumerate(params)]
+        optimizer = gradkit.SPAM(groups, **given)
+        optimizer.choices = Recorded(golden, given["reset_every"], 0)
+    else:
+        groups = [{"params": params[:1], "role": "vector"}, {"params": params[1:], "role": "matrix"}]
+        optimizer = gradkit.FRUGAL(groups, **given)
+        optimizer.choices = Recorded(golden, given["update_gap"], 1)
+    return params, optimizer
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("file", SPLITS)
+def test_a_split_is_the_authors(file, backend):
+    golden = Golden(file)
+    params, optimizer = split_run(golden, file, backend=backend)
+    seen = replay(optimizer, params, golden.steps("grad"), backend=backend)
+    golden.assert_followed([[x.numpy() for x in one] for one in seen])
+
+
+@pytest.mark.parametrize("file", [file for file in SPLITS if file.startswith("frugal")])
+def test_the_reference_of_frugal_follows_the_golden_run(file):
+    golden = Golden(file)
+    given = {**golden.arguments, **SPLITS[file]}
+    lr, weight_decay = given.pop("lr"), given.pop("weight_decay", 0.0)
+    links = frugal.links(masks=lambda t, i: golden.arrays[f"mask_{t}_{i}"], **given)
+    run = Run(golden.each("init"), **links, weight_decay=weight_decay, mode="decoupled")
+    values = [golden.each("init"), *(run.step(row, lr, lr) for row in golden.steps("grad"))]
+    golden.assert_followed([list(one) for one in zip(*values, strict=True)])
+
+
+def test_frugal_without_the_quirk_starts_sgd_as_torch_does():
+    file = "frugal__coord_sgd_momentum"
+    golden = Golden(file)
+    params, optimizer = split_run(golden, file, official_quirks=False, density=1.0)
+    optimizer.choices = gradkit.Choices()
+    theirs = golden.params()
+    plain = torch.optim.SGD(theirs, lr=golden.arguments["lr"], momentum=0.9)
+    gap = golden.arguments["update_gap"]
+    seen = replay(optimizer, params, golden.steps("grad")[:gap])
+    expected = replay(plain, theirs, golden.steps("grad")[:gap])
+    for ours, those in zip(seen, expected, strict=True):
+        torch.testing.assert_close(ours[-1], those[-1])

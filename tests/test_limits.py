@@ -9,7 +9,7 @@ import torch
 
 import gradkit
 from gradkit import transforms as tx
-from tests.cases import BACKENDS, BY_NAME, CASES
+from tests.cases import BACKENDS, BY_NAME, CASES, frugal_of
 from tests.runs import assert_same_run, replay, trajectory
 from tests.scenarios import LR, SCENARIOS, draw, start
 from tests.tolerance import tolerance
@@ -485,3 +485,35 @@ def test_sophia_below_its_limit_is_a_newton_step(backend):
     optimizer.update_hessian(estimates=[curvature])
     replay(optimizer, [p], [[(curvature * p.detach()).numpy()]])
     torch.testing.assert_close(p.detach(), torch.tensor([0.0, 0.0, 0.0, 5.0]), rtol=1e-6, atol=1e-6)
+
+
+each_split = pytest.mark.parametrize("split", ["blocks", "columns", "rows", "randk"])
+
+
+@each_split
+@pytest.mark.parametrize("base", ["adamw", "lion", "sgdm"])
+def test_frugal_of_everything_is_its_base(base, split):
+    """With state that stays; bitwise, across several selections."""
+    whole = {"base": base, "split": split, "density": 1.0, "reset_state": False, "update_gap": 3}
+    if base == "sgdm":
+        theirs = trajectory(lambda ps, lr, backend: torch.optim.SGD(ps, lr=lr, momentum=0.9))
+        assert_same_run(trajectory(frugal_of, **whole), theirs, CLOSE)  # torch adds lr times it in another order
+        return
+    options = {"betas": (0.8, 0.95), "weight_decay": 0.1}
+    theirs = trajectory({"adamw": gradkit.AdamW, "lion": gradkit.Lion}[base], **options)
+    assert_same_run(trajectory(frugal_of, **whole, **options), theirs)
+
+
+@each_split
+def test_frugal_of_nothing_is_the_state_free_rule(split):
+    """Bitwise, for what is split; Lion whose momentum lasts no step is the sign of the gradient."""
+    nothing = {"split": split, "density": 0.0, "update_gap": 3, "weight_decay": 0.1}
+    signs = trajectory(gradkit.Lion, betas=(0.0, 0.0), weight_decay=0.1)
+    assert_same_run(trajectory(frugal_of, **nothing)[1:], signs[1:])
+    plain = trajectory(gradkit.Optimizer, chain=gradkit.chain(), weight_decay=0.1)
+    assert_same_run(trajectory(frugal_of, **nothing, state_free="sgd")[1:], plain[1:])
+
+
+def test_spam_of_everything_is_spam():
+    spiky = {"threshold": 2.0, "reset_every": 3, "warmup_after_reset": 2, "clip_free_steps": 1, "weight_decay": 0.1}
+    assert_same_run(trajectory(gradkit.SPAM, density=1.0, **spiky), trajectory(gradkit.SPAM, **spiky))

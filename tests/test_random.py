@@ -8,6 +8,7 @@ import torch
 
 from gradkit import random
 from gradkit.backends import ccache
+from tests.reference.selection import philox
 
 PRELUDE = Path(ccache.__file__).with_name("prelude.h").read_text()
 LOW = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -15,14 +16,7 @@ needs_compiler = pytest.mark.skipif(ccache.why_not() is not None, reason=f"no C 
 
 
 def reference(element, step, index, seed, stream):
-    """Philox-4x32-7 in Python's own integers, from the paper's picture of a round."""
-    left, right, key = [element % 2**32, step], [element // 2**32, index], [seed, stream]
-    for _ in range(7):
-        products = [0xD2511F53 * left[0], 0xCD9E8D57 * left[1]]
-        high, low = [x // 2**32 for x in products], [x % 2**32 for x in products]
-        left, right = [high[1] ^ right[0] ^ key[0], high[0] ^ right[1] ^ key[1]], [low[1], low[0]]
-        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
-    return left[0]
+    return philox(element, step, index, seed, stream)[0]
 
 
 def int64(x):

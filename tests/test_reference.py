@@ -100,6 +100,9 @@ def test_the_reference_sees_every_argument(case):
     """Changing any one of them changes the run, so a gradkit that ignored it would be found."""
     other = {
         **dict.fromkeys(("betas", "gammas", "vector_betas"), lambda x: tuple(b * 0.9 + 0.05 for b in x)),
+        "base": lambda x: "adamw" if x != "adamw" else "lion",
+        "split": lambda x: {"columns": "rows", "rows": "columns"}[x],
+        "state_free": lambda x: "none",
         "norm": lambda x: {"rms": "l2", "l2": "rms"}[x],
         "roles": lambda x: {**x, 2: ("matrix", 1)},
         "amsgrad": lambda x: not x,
@@ -113,7 +116,7 @@ def test_the_reference_sees_every_argument(case):
         **dict.fromkeys(
             (
                 *("window", "reset_every", "warmup_after_reset", "clip_free_steps", "total_steps", "warmup_steps"),
-                "hessian_every",
+                *("hessian_every", "update_gap"),
             ),
             lambda x: x + 1,
         ),

@@ -26,8 +26,8 @@ class Run:
         live = [i for i, g in enumerate(gradients) if g is not None]
         self.clock += bool(live)
         for states in self.states:
-            for state, p in zip(states, self.params, strict=True):
-                state["clock"], state["p"] = self.clock, p
+            for i, (state, p) in enumerate(zip(states, self.params, strict=True)):
+                state.update(clock=self.clock, p=p, at=i, shapes=tuple(x.shape for x in self.params))
         grads = [self.sign * np.asarray(gradients[i], self.dtype) for i in live]
         flow = grads
         with np.errstate(all="ignore"):
