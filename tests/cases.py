@@ -379,8 +379,15 @@ CASES = (
         "spam_density",
         gradkit.SPAM,
         thinned,
-        {**BETAS, "eps": 1e-3, "threshold": 2.0, "reset_every": 3, "warmup_after_reset": 2, "clip_free_steps": 1,
-         "density": 0.5},
+        {
+            **BETAS,
+            "eps": 1e-3,
+            "threshold": 2.0,
+            "reset_every": 3,
+            "warmup_after_reset": 2,
+            "clip_free_steps": 1,
+            "density": 0.5,
+        },
         limits=("test_spam_of_everything_is_spam",),
     ),
     Case(

@@ -1,4 +1,4 @@
-"""SCALE for tests that know no roles: every parameter is a last layer, of whatever shape."""
+"""SCALE and FRUGAL for tests that know no roles: parameters and groups may come without, and of whatever shape."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,10 @@ from torch import Tensor
 import gradkit
 
 
-class LastLayers(gradkit.SCALE):
-    """SCALE's momentum and normalisation; parameters and groups may come without a role."""
+class OneRole(gradkit.Optimizer):
+    """Every parameter has one role."""
+
+    role: str
 
     def __init__(self, params: Any, **given: Any):
         loose = params if isinstance(params, Tensor) else list(params)
@@ -17,8 +19,20 @@ class LastLayers(gradkit.SCALE):
         super().__init__(loose if grouped else [{"params": loose}], **given)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        param_group.setdefault("role", "last")
+        param_group.setdefault("role", self.role)
         super().add_param_group(param_group)
 
     def check_parameter(self, p: Tensor, group: Mapping[str, Any]) -> None:
         """Vectors are one output each."""
+
+
+class LastLayers(OneRole, gradkit.SCALE):
+    """SCALE's momentum and normalisation."""
+
+    role = "last"
+
+
+class Matrices(OneRole, gradkit.FRUGAL):
+    """FRUGAL's split; a vector is selected whole."""
+
+    role = "matrix"

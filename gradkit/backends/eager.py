@@ -9,15 +9,37 @@ from torch import Tensor
 
 from .. import random
 from ..transform import AXES, Stage
-from .blocks import box_of, corners
+from .blocks import ONES, box_of, corners
 
 if TYPE_CHECKING:
     from ..chain import Placed
     from ..plan import Batch, Pass, Units
     from ..scalars import Column
+    from ..selection import Choice
 
 WRITE_STREAM = random.stream("write")
 Note = Callable[[str, Tensor], None]
+
+
+@dataclass
+class Low:
+    """What a split selects of a tensor's elements from `start` to `end`, which are multiples of 8 or its ends."""
+
+    names: Sequence[str]  # of slots that cover that alone
+    choice: "Choice"
+    bits: Tensor  # the choice's, on the device
+    start: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        return int(ONES[self.choice.bits[self.start // 8 : -(-self.end // 8)]].sum())
+
+    def places(self) -> Tensor:
+        """Counted from `start`; made anew each time, for they take more memory than what is held there."""
+        bytes_ = self.bits[self.start // 8 : -(-self.end // 8), None]
+        marks = (bytes_ >> torch.arange(8, dtype=torch.uint8, device=bytes_.device) & 1).flatten()
+        return torch.nonzero_static(marks, size=self.count)[:, 0]  # nonzero would wait for the device
 
 
 @dataclass
@@ -33,8 +55,7 @@ class Part:
     units: slice  # its rows or columns, among those of the whole batch
     axis: int | None  # along which they lie here; None: it is part of one
     index: int | Tensor  # where its first element, or each, stands in the full tensor
-    low: Tensor | None = None  # the places in it of what a split selects, and which slots cover that alone
-    lows: Sequence[str] = ()
+    low: "Low | None" = None
 
     def pieces(self, size: int, units: "Units", lies: bool) -> Iterator["Part"]:
         """The same in pieces of memory: consecutive, or where units matter boxes [outer, units, inner].
@@ -42,14 +63,14 @@ class Part:
         lies: each element's index is asked for.
         """
         if self.low is not None:
-            flat = {name: t.view(-1) for name, t in self.slots.items()}
+            flat, before = {name: t.view(-1) for name, t in self.slots.items()}, 0
             for start in range(0, self.p.numel(), size):
                 end = min(start + size, self.p.numel())
-                a, b = torch.searchsorted(self.low, torch.tensor([start, end], device=self.low.device)).tolist()
-                slots = {n: t[a:b] if n in self.lows else t[start:end] for n, t in flat.items()}
+                low = replace(self.low, start=start, end=end)
+                mine, before = slice(before, before + low.count), before + low.count
+                slots = {n: t[mine] if n in low.names else t[start:end] for n, t in flat.items()}
                 p, g = self.p.view(-1)[start:end], self.g.view(-1)[start:end]
                 rest = None if self.residual is None else self.residual.view(-1)[start:end]
-                low = self.low[a:b] - start
                 yield replace(self, p=p, g=g, slots=slots, residual=rest, index=self.index + start, low=low)
             return
         if self.axis is None:
@@ -86,7 +107,7 @@ def folded(x: Tensor, how: str, axis: int | None) -> Tensor:
     return torch.stack([c.sum() for c in x.flatten().split(1 << 15)]).sum()[None]
 
 
-def joined(rest: Tensor, chosen: Tensor, places: Tensor | None) -> Tensor:
+def joined(rest: Tensor, chosen: Tensor, places: Tensor) -> Tensor:
     """A tensor in which what a split selects is replaced."""
     flat = rest.reshape(-1).clone()
     flat[places] = chosen
@@ -98,7 +119,7 @@ class Eager:
 
     def __init__(self, batch: "Batch"):
         self.batch = batch
-        self.low = [torch.from_numpy(x.index()).to(batch.device) for x in batch.choices]
+        self.bits = [torch.from_numpy(x.bits).to(batch.device) for x in batch.choices]
 
     def begin(self) -> None:
         """Send the step's table."""
@@ -110,8 +131,8 @@ class Eager:
         slots = {n: b.entry(n, t) for n in ps.slots}
         units, axis = slice(b.first_unit[t], b.first_unit[t + 1]), b.program.axis if b.params[t].dim() > 1 else None
         row, measured = self.table[b.row[t]], b.measured[t]
-        low = (self.low[t], ps.low) if ps.splits else ()
-        yield Part(b.params[t], b.grads[t], slots, kept, row, measured, units, axis, b.logical[t], *low)
+        low = Low(ps.low, b.choices[t], self.bits[t], 0, b.sizes[t]) if ps.splits else None
+        yield Part(b.params[t], b.grads[t], slots, kept, row, measured, units, axis, b.logical[t], low)
 
     def walk(self, ps: "Pass", part: Part, note: Note | None = None) -> dict[str, Tensor]:
         """Run the rules of a pass on one part -> u, p, g and the new slots, in the arithmetic type."""
@@ -125,17 +146,17 @@ class Eager:
         before, inside, outside, after = ps.parts()
         self.run(before, part, seen, note)
         if part.low is not None:
-            rest, lows = seen["u"], [f"slot {n}" for n in part.lows]
-            chosen = {n: x.reshape(-1)[part.low] for n, x in seen.items() if n not in lows}
+            rest, places, lows = seen["u"], part.low.places(), [f"slot {n}" for n in part.low.names]
+            chosen = {n: x.reshape(-1)[places] for n, x in seen.items() if n not in lows}
             chosen |= {n: seen[n].reshape(-1) for n in lows}
 
             def whole(name: str, x: Tensor) -> None:
                 if note:
-                    note(name, joined(rest, x, part.low))
+                    note(name, joined(rest, x, places))
 
             self.run(inside, part, chosen, whole)
             self.run(outside, part, seen, note)
-            seen |= {n: chosen[n] for n in lows} | {"u": joined(seen["u"], chosen["u"], part.low), "before": rest}
+            seen |= {n: chosen[n] for n in lows} | {"u": joined(seen["u"], chosen["u"], places), "before": rest}
         self.run(after, part, seen, note)
         return seen
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import gradkit
 from gradkit import transforms as tx
 from tests.curvature import EVERY, SquaresOfGradients
-from tests.heads import LastLayers
+from tests.heads import LastLayers, Matrices
 from tests.tolerance import assert_equal, tolerance
 
 LR = 0.05
@@ -29,8 +29,14 @@ class Row:
     counters: frozenset[str] = frozenset({"step"})
     kept: frozenset[str] = frozenset()  # numbers of measures, float64
     exact: bool = True  # no sum and no polynomial function: layout and backend change no bit
-    coupled: bool = False  # one parameter's gradient changes another's step
+    coupled: bool = False  # one parameter's gradient, or its place among them, changes another's step
+    momentum: str = "exp_avg"  # what the state calls it
     other: Mapping[str, Any] = field(default_factory=lambda: {"betas": (0.5, 0.6)})  # what schedulers cycle, elsewhere
+
+    @property
+    def part(self) -> bool:
+        """Whether its state is of a part of each matrix."""
+        return self.momentum.startswith("low_")
 
 
 def slots(*names: str) -> frozenset[str]:
@@ -38,10 +44,12 @@ def slots(*names: str) -> frozenset[str]:
 
 
 ADAM = slots("exp_avg", "exp_avg_sq")
+LOW = slots("low_exp_avg", "low_exp_avg_sq")
 DECAYED = {"weight_decay": 0.1}
 WARM = {"alpha_warmup": 4, "beta3_warmup": 6, "weight_decay": 0.1}
 WINDOW = {"filter": "ma", "window": 3, "weight_decay": 0.1}
 SPIKES = {"reset_every": 7, "warmup_after_reset": 2, "clip_free_steps": 1, "threshold": 3.0, "weight_decay": 0.1}
+COLUMNS = {"split": "columns", "density": 0.5, "update_gap": 4, "weight_decay": 0.1}
 STABLE = {"reset_every": 7, "total_steps": 6, "weight_decay": 0.1}
 AVERAGES = slots("absmax_avg", "norm_avg", "norm_sq_avg")
 FILTERED = slots("step", "filter_step")
@@ -58,6 +66,16 @@ ROWS = (
     Row("stablespam", gradkit.StableSPAM, ADAM, STABLE, slots("step", "stat_step"), AVERAGES, exact=False),
     Row("sophia", SquaresOfGradients, slots("exp_avg", "hessian"), {**EVERY, **DECAYED}),
     Row("scale", LastLayers, slots("exp_avg"), DECAYED, slots(), exact=False, other={"momentum": 0.5}),
+    Row("frugal", Matrices, LOW, COLUMNS, slots("low_step"), coupled=True, momentum="low_exp_avg"),
+    Row(
+        "spam_density",
+        gradkit.SPAM,
+        LOW,
+        {**SPIKES, "density": 0.5},
+        slots("low_step"),
+        coupled=True,
+        momentum="low_exp_avg",
+    ),
     Row("zclip", gradkit.AdamW, ADAM, {"transforms": (tx.zclip(warmup_steps=3),)}, exact=False, coupled=True),
     Row("adaptive", gradkit.Lion, slots("exp_avg"), {"transforms": (tx.adaptive_clip(0.5),)}, slots(), exact=False),
     Row("bounded", gradkit.AdamW, ADAM, {"transforms": BOUNDED}, exact=False, coupled=True),

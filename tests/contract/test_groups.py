@@ -94,7 +94,7 @@ def test_a_group_may_come_in_the_middle_of_a_run(make):
         train(o, tensors, range(3, 6))
     assert_same(values(params), values(late))
     assert_moved(values(parameters()), values(params))
-    for name in make.row.counters:
+    for name in make.row.counters - {"low_step"}:  # which starts again with each selection
         assert [float(optimizer.state[p][name]) for p in params] == [6, 6, 3]
     assert float(optimizer.param_groups[0]["clock"]) == 6 and "clock" not in optimizer.param_groups[1]
 
@@ -150,7 +150,9 @@ def test_state_is_tensors_under_known_names(make):
         assert all(isinstance(x, Tensor) for x in state.values())
         for name in row.slots:
             ring = (3,) if name == "grad_ring" else ()
-            assert state[name].shape == (*ring, *p.shape) and state[name].dtype == torch.float32, name
+            part = name.startswith("low_") and p.dim() > 1  # of what is selected
+            assert state[name].shape == (*ring, *p.shape) or (part and state[name].numel() < p.numel()), name
+            assert state[name].dtype == torch.float32, name
         for name in row.counters:
             assert state[name].shape == () and state[name].device.type == "cpu" and state[name].dtype == torch.float32
 

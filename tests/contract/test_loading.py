@@ -57,7 +57,7 @@ def test_torchs_adam_brings_its_schedule_and_the_slots_of_our_names(make, cls, c
     assert line.startswith(make.row.cls.__name__) and "lr, weight_decay, maximize" in line
     said = line.split(" from a state dict of another optimizer; ")
     taken = shared | make.row.counters & {"step"}
-    assert said[0].endswith(f": took {', '.join(sorted(taken))} and lr, weight_decay, maximize")
+    assert said[0].endswith(f": took {', '.join(sorted(taken)) or 'no state'} and lr, weight_decay, maximize")
     fresh, left = (
         (make.row.slots | make.row.counters | make.row.kept) - taken,
         {"exp_avg", "exp_avg_sq", "step"} - taken,
@@ -204,7 +204,8 @@ def test_our_classes_load_one_another(make, source, caplog):
     with caplog.at_level(logging.INFO, "gradkit"):
         second.load_state_dict(first.state_dict())
     assert second.param_groups[0]["algorithm"] == make.row.cls.__name__ and second.param_groups[0]["lr"] == 0.02
-    assert_equal(second.state[params[0]]["exp_avg"], first.state[params[0]]["exp_avg"])
+    if not make.row.part:
+        assert_equal(second.state[params[0]]["exp_avg"], first.state[params[0]]["exp_avg"])
     lacks = any("zclip." in name for name in second.param_groups[0].keys() - first.param_groups[0].keys())
     assert len(caplog.records) == (source is not make.row.cls or lacks)
     before = values(params)
@@ -232,7 +233,8 @@ def test_torchs_bf16_slots_become_float32_with_the_same_values(make):
     ours = make(other)
     ours.load_state_dict(theirs.state_dict())
     for p, q in zip(params, other, strict=True):
-        assert_equal(ours.state[q]["exp_avg"], theirs.state[p]["exp_avg"].float())
+        if not make.row.part:
+            assert_equal(ours.state[q]["exp_avg"], theirs.state[p]["exp_avg"].float())
     before = values(other)
     train(ours, other, range(3, 5))
     assert_moved(before, values(other))
