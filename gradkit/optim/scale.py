@@ -48,7 +48,7 @@ class SCALE(Optimizer):
     Groups carry `role` and `fan_in`: `SCALE(gradkit.param_groups(model))`. Parameters alone go by shape; it warns.
 
     lr: about the change of every weight per step.
-    momentum: decay of the last layer's mean per step.
+    momentum: decay of the last layer's mean per step; 0: none, and no state for it.
     norm: "rms", the authors' code, or "l2", the paper's text: C(g) = g / max(|g|, 1e-8), for a far larger lr.
     vector_lr: lr of groups with the role "vector" that give none; None: as the others.
     vector_betas: decay of the vectors' mean and mean square per step.
@@ -98,6 +98,6 @@ class SCALE(Optimizer):
         if role == "vector":
             return chain(adam, derive=vector_scalars)
         size = one_size(group["norm"], fan_in)
-        if role == "last":
+        if role == "last" and group["momentum"]:
             return chain(momentum_alone, *size, derive=momentum_scalars)
         return chain(*size, stage=Stage.PRECONDITION)  # behind l2, as the momentum is
