@@ -406,8 +406,8 @@ def test_scale_without_the_heads_momentum_is_sgd_behind_column_normalize(backend
     theirs = [torch.tensor(x, requires_grad=True) for x in given]
     sgd = gradkit.Optimizer(theirs, tx.column_normalize(norm), lr=0.1, **decayed)
     replay(sgd, theirs, gradients, backend=backend)
-    for p, q, start in zip(ours, theirs, given, strict=True):
-        assert torch.equal(p, q) and not torch.equal(p, torch.from_numpy(start))
+    for p, q, before in zip(ours, theirs, given, strict=True):
+        assert torch.equal(p, q) and not torch.equal(p, torch.from_numpy(before))
     momentum, held = scales(given, roles, gradients, norm=norm, **decayed)
     assert torch.equal(momentum[0], ours[0]) and not torch.allclose(momentum[1], ours[1], rtol=1e-2)
     assert [{*held.state[p]} for p in momentum] == [set(), {"exp_avg"}, set()]
