@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gradkit import Stage, chain, derive, rule
+from gradkit import Choices, Stage, chain, derive, rule
 from gradkit.ops import absolute, lerp, sign, sqrt, where
+from gradkit.selection import Turn
 from gradkit.transforms import clip_by_global_norm, clip_by_value
 
 from .shapes import Tensors
@@ -31,13 +32,19 @@ class Row(NamedTuple):
     limits: str = ""  # which bars hold for it
     also: tuple[str, ...] = ()  # rows that take a step in the same rounds
     roles: Mapping[str, int] = MappingProxyType({})  # where they differ, the bytes of each
+    turn: Turn | None = None  # of a split that selects whole tensors
 
     def bytes_on(self, tensors: Tensors) -> float:
         """An element's, the mean of a model."""
         if not self.roles:
             return self.bytes
-        sizes = [prod(shape) for shape in tensors]
-        return sum(n * self.roles[r] for n, r in zip(sizes, roles_of(tensors), strict=True)) / sum(sizes)
+        roles, sizes = roles_of(tensors), [prod(shape) for shape in tensors]
+        each = [self.roles[r] for r in roles]
+        if self.turn:  # of the tensors that are selected in it, as of all other roles
+            matrices = [i for i, r in enumerate(roles) if r == "matrix"]
+            for j in Choices().tensors(self.turn, 0, len(matrices)):
+                each[matrices[j]] = self.roles["last"]
+        return sum(n * b for n, b in zip(sizes, each, strict=True)) / sum(sizes)
 
 
 def roles_of(tensors: Tensors) -> list[str]:
@@ -124,8 +131,19 @@ BYTES = {"AdamW": 28, "Lion": 20, "DiffGrad": 36, "AdEMAMix": 36, "Grokfast": 36
 # The slots are float32.
 BF16_BYTES = {"AdamW": 22, "Lion": 14, "DiffGrad": 30, "AdEMAMix": 30, "Grokfast": 30, "SPAM": 22, "StableSPAM": 26}
 # The last layer's momentum is read once more, by the measure.
-ROLES = {"SCALE": {"matrix": 16, "last": 28, "vector": 28}}
-BF16_ROLES = {"SCALE": {"matrix": 8, "last": 20, "vector": 22}}
+# A fourth of the matrices' elements, or of the matrices, has state.
+DENSITY = 0.25
+SPLITS = {f"FRUGAL {split}": {"split": split, "density": DENSITY} for split in ("blocks", "columns")}
+ROLES = {
+    "SCALE": {"matrix": 16, "last": 28, "vector": 28},
+    "FRUGAL blocks": {"matrix": 12, "last": 28, "vector": 28},
+    "FRUGAL columns": {"matrix": 16, "last": 28, "vector": 28},
+}
+BF16_ROLES = {
+    "SCALE": {"matrix": 8, "last": 20, "vector": 22},
+    "FRUGAL blocks": {"matrix": 6, "last": 22, "vector": 22},
+    "FRUGAL columns": {"matrix": 10, "last": 22, "vector": 22},
+}
 
 
 CLIPPED, CLIPPED_BF16 = (f"torch AdamW fused{dtype}, clip_grad_norm_" for dtype in ("", " bf16"))
@@ -133,8 +151,13 @@ CLIPPED, CLIPPED_BF16 = (f"torch AdamW fused{dtype}, clip_grad_norm_" for dtype 
 
 def with_roles(roles: Mapping[str, Mapping[str, int]], backend: str, name: str, *dtype: torch.dtype) -> list[Row]:
     """The optimizers that take roles; their bytes are those of most elements."""
-    makes = {n: by_role(of("gradkit", n, backend=backend)) for n in roles}
-    return [Row(name.format(n), "gradkit", n, x["matrix"], makes[n], *dtype, roles=x) for n, x in roles.items()]
+    rows = []
+    for n, of_each in roles.items():
+        algorithm, *given = n.split()
+        make = by_role(of("gradkit", algorithm, **SPLITS.get(n, {}), backend=backend))
+        turn = Turn("blocks", "random", DENSITY, 0, 0) if given == ["blocks"] else None
+        rows.append(Row(name.format(n), "gradkit", n, of_each["matrix"], make, *dtype, roles=of_each, turn=turn))
+    return rows
 
 
 def in_float32(limits: str, backend: str) -> list[Row]:

@@ -14,7 +14,7 @@ import torch
 
 from bench import __main__ as main
 from bench import bars, devices, protocol, report
-from bench.rows import BF16_BYTES, BF16_ROLES, BYTES, ROLES, ROWS, Row, of, roles_of
+from bench.rows import BF16_BYTES, BF16_ROLES, BYTES, ROLES, ROWS, SPLITS, Row, of, roles_of
 from bench.shapes import FULL, GPT2, LLAMA, MLP, ON_GPU, RESNET50, quick
 from bench.worker import Worker
 
@@ -135,9 +135,9 @@ def test_bytes_of_a_row_are_those_of_its_plan(row):
 
 def assert_bytes(row):
     """Of a hidden matrix, a last one and a vector: each role's own where they differ."""
-    params = [torch.nn.Parameter(torch.ones(shape, dtype=row.dtype)) for shape in ((2, 3), (3, 2), (3,))]
+    params = [torch.nn.Parameter(torch.ones(shape, dtype=row.dtype)) for shape in ((2, 4), (3, 2), (3,))]
     told = re.findall(r"launches: .*; (\d+) bytes an element", row.make(params).explain())
-    assert told == [str(n) for n in (row.roles.values() or [row.bytes])] and row.bytes == int(told[0])
+    assert {*told} == {str(n) for n in (row.roles.values() or [row.bytes])} and row.bytes == int(told[0])
 
 
 def test_roles_have_the_mean_of_their_bytes():
@@ -149,8 +149,20 @@ def test_roles_have_the_mean_of_their_bytes():
     assert roles_of(((3,), (2, 2), (4, 1, 1), (5,))) == ["vector", "matrix", "last", "vector"]
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_splits_bytes_are_those_of_what_it_selects(split):
+    """As explain() tells them, for a model's shapes."""
+    row = ROWS[f"gradkit {split}"]
+    params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in RESNET50.tensors]
+    lines = re.findall(
+        r"tensors, (\d+) elements.*\n(?:  .*\n)*?  launches: .*; ([\d.]+) bytes", row.make(params).explain()
+    )
+    told = sum(int(n) * float(each) for n, each in lines) / RESNET50.elements
+    assert row.bytes_on(RESNET50.tensors) == pytest.approx(told, rel=2e-3)  # explain() rounds, and columns are whole
+
+
 def test_the_optimizers_and_the_chain_have_bars():
-    wanted = {"AdamW", "Lion", "DiffGrad", "AdEMAMix", "Grokfast", "SPAM", "StableSPAM", "SCALE", "own"}
+    wanted = {"AdamW", "Lion", "DiffGrad", "AdEMAMix", "Grokfast", "SPAM", "StableSPAM", "SCALE", *SPLITS, "own"}
     assert wanted <= {row.algorithm for row in NATIVE}
     assert BYTES.keys() == BF16_BYTES.keys() and ROLES.keys() == BF16_ROLES.keys()
 

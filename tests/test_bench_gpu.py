@@ -13,7 +13,7 @@ import torch
 
 from bench import __main__ as main
 from bench import bars, devices, protocol, report
-from bench.rows import GPU_ROWS, ROWS, ours_on_gpu
+from bench.rows import GPU_ROWS, ROWS, SPLITS, ours_on_gpu
 from bench.shapes import GPT2, LLAMA, RESNET50
 from bench.suites import SUITES
 from tests.test_bench import assert_bytes
@@ -33,10 +33,21 @@ def test_a_row_of_ours_names_the_backend_and_what_runs_beside_it():
     assert {row.name for row in TRITON} < {row.name for row in ours_on_gpu("triton")}
     for row in TRITON:
         with pytest.raises(RuntimeError, match="backend='triton'"):
-            row.make([torch.nn.Parameter(torch.ones(2, 3, dtype=row.dtype))]).explain()
+            row.make([torch.nn.Parameter(torch.ones(2, 3, dtype=row.dtype)) for _ in range(2)]).explain()
         assert all(name in GPU_ROWS for name in row.also)
     full, low = ({row.algorithm for row in TRITON if row.dtype == d} for d in (torch.float32, torch.bfloat16))
-    wanted = {"AdamW", "Lion", "DiffGrad", "AdEMAMix", "Grokfast", "SPAM", "StableSPAM", "SCALE", "AdamW, clip"}
+    wanted = {
+        "AdamW",
+        "Lion",
+        "DiffGrad",
+        "AdEMAMix",
+        "Grokfast",
+        "SPAM",
+        "StableSPAM",
+        "SCALE",
+        *SPLITS,
+        "AdamW, clip",
+    }
     assert low == wanted and full == low | {"own"}
     assert {name for name, row in ROWS.items() if row.package != "gradkit"} < GPU_ROWS.keys()
 
