@@ -118,8 +118,9 @@ def test_their_bodies_run_in_the_interpreter():
         "hostile::memory_that_is_not_aligned_has_eagers_bits[AdamW, bf16 Kahan, parameters 3",
         "hostile::more_elements_than_an_int32_counts_are_all_stepped[stochastic]",
         "parity::sampled_elements_follow_the_naive_reference[ademamix, ResNet-50]",
-        "parity::all_elements_follow_the_naive_reference_where_sums_are_formed[cautious]",
+        "parity::all_elements_follow_the_naive_reference_of_sums_and_splits[cautious]",
         "parity::every_element_is_eagers[lion, ResNet-50, bf16 stochastic]",
+        "parity::every_element_is_eagers_when_another_part_is_selected[randk, bf16 Kahan]",
         "parity::what_is_stored_is_the_reference_within_a_unit[adamw, bf16 Kahan]",
         "sanitizer::",
     ]

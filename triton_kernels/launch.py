@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import random
-from ..backends.blocks import blocks_of
+from ..backends.blocks import ONES, blocks_of
 from ..backends.csource import in_units
 from ..transform import AXES
 from . import source
@@ -18,6 +19,7 @@ from .memory import INTERPRETED
 
 if TYPE_CHECKING:
     from ..plan import Batch, Kind, Pass, Units
+    from ..selection import Choice
 
 WRITE_STREAM = random.stream("write")
 
@@ -171,10 +173,19 @@ class Kernels:
         if batch.program.axis is not None:
             step, first = batch.by_unit.stride(0) * batch.by_unit.element_size(), batch.first_unit[:-1]
             columns += [[batch.by_unit.data_ptr() + step * n for n in first], first]
+        if batch.program.splits:
+            columns += self.selections()
         self.fixed = send([np.array(columns, np.uint64).ravel()], batch.device)
         self.last = Kernel(self, batch.program.passes[-1], source.apply)
         self.joints: dict[int, Joint | Panels] = {}
         self.sums: dict[int, tuple[Tensor, Joint | Panels]] = {}
+
+    def selections(self) -> list[list[int]]:
+        """The addresses of each tensor's marks, and of its counts."""
+        tables = [x for choice in self.batch.choices for x in marks(choice, self.cut.tile)]
+        self.selected = send(tables, self.batch.device)
+        at = list(accumulate([self.selected.data_ptr(), *(x.nbytes for x in tables[:-1])]))
+        return [at[::2], at[1::2]]
 
     def begin(self) -> None:
         """Send what this step changes."""
@@ -254,6 +265,18 @@ def boxes(units: "Sequence[Units]", lines: int, wide: int, steps: int) -> np.nda
                 place += n
             panel += 1
     return np.array(items, np.int64).reshape(-1, len(source.ITEM))
+
+
+def marks(choice: "Choice", tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """A word for each 16 elements: a bit each, and above these how many of their tile are selected before them.
+
+    And for each tile how many of the tensor's elements are selected before it.
+    """
+    words = ONES[choice.bits].reshape(-1, 2).sum(1)
+    before = np.cumsum(words) - words
+    counts = before[:: tile // 16]
+    within = before - np.repeat(counts, tile // 16)[: len(before)]
+    return (choice.bits.view(np.uint16) | within << 16).astype(np.int32), counts
 
 
 def addresses(table: Tensor, columns: Sequence[int]) -> np.ndarray:

@@ -84,6 +84,42 @@ def inside(x, at, left, FULL: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def ones(x):
+    """How many bits are set: the sum that compilers know as one instruction."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    return ((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24
+
+
+@triton.jit
+def selected(marks, at, left, FULL: tl.constexpr, TILE: tl.constexpr):
+    """Which elements of a tile a split selects, and the place of each among those of the tile.
+
+    A word for each 16 elements: a bit each, and above these how many of the tile are selected before. A scan of the
+    bits would make the warps wait for each other.
+    """
+    lane = tl.arange(0, TILE)
+    if FULL:
+        word = tl.load(marks + at // 16 + lane // 16)
+    else:
+        word = tl.load(marks + at // 16 + lane // 16, mask=at + lane < left, other=0)
+    bit = lane % 16
+    before = ones((word & ((1 << bit) - 1)).to(tl.uint32))
+    return (word >> bit) & 1 != 0, (word >> 16) + before.to(tl.int32)
+
+
+@triton.jit
+def load_selected(P, first, place, chosen):
+    """In float32, for the selected elements of a tile, which lie side by side from `first` on; zeros for the others."""
+    return widen(tl.load(P + first + place, mask=chosen, other=0.0))
+
+
+@triton.jit
+def store_selected(P, first, place, chosen, x):
+    tl.store(P + first + place, x, mask=chosen)
+
+
+@triton.jit
 def number(word):
     """A float64 among the words of a table."""
     return tl.load(word).to(tl.float64, bitcast=True)

@@ -11,6 +11,7 @@ from ..transform import AXES, Stage
 from .rules import as_jit
 
 if TYPE_CHECKING:
+    from ..chain import Placed
     from ..plan import Kind, Pass
 
 TYPES = {
@@ -27,7 +28,7 @@ import triton.language as tl
 from gradkit.triton_kernels.memory import give, inside, load, narrow, number, philox, spread, stochastic, store, widen
 from gradkit.triton_kernels.memory import is_last, max_of, maximum, peak, sum_of, total
 from gradkit.triton_kernels.memory import load_box, most_of_units, only, peaks, store_box, sum_of_units, totals
-
+{more}
 # The loader puts the rules among these globals: {rules}.
 
 
@@ -73,7 +74,7 @@ FOLD = 4  # tiles of partial results that the last block reads at once
 class Layout:
     """Where a batch's tables hold what. In words of 64 bits; T tensors.
 
-    fixed [roles, T]: addresses, sizes, and what the random bits depend on.
+    fixed [roles, T]: addresses, sizes, what the random bits depend on, and where it says what a split selects.
     step: the clock, what `finish` over all asks for, each tensor's gradient's address and row, then the rows: scalars
         and the positions of rings.
     """
@@ -83,7 +84,8 @@ class Layout:
         stores = ["p", *(f"s_{n}" for n in program.slots), *["rest"] * (kind.rounding == "kahan")]
         random = ["element", "index", "key"] if kind.rounding == "stochastic" else []
         units = ["given", "number"] if program.axis is not None else []  # of the first: what it was given, its place
-        self.fixed = {role: i for i, role in enumerate([*stores, "size", *random, *units])}
+        split = ["marks", "counts"] if program.splits else []  # as launch.marks says
+        self.fixed = {role: i for i, role in enumerate([*stores, "size", *random, *units, *split])}
         self.shared = [ps for ps in program.passes if ps.measure and ps.measure.link.scope == "all"]
         self.cells, self.head = {}, 1
         for ps in self.shared:
@@ -123,9 +125,11 @@ class Writer:
             del self.roles["p"]
         if self.kahan:
             self.roles["rest"] = kind.dtype
+        self.streams = self.roles  # what is as long as the parameter
         self.used = sorted({c for i, _ in ps.rules for c in kind.program.scalars.of[i]})
         self.inputs = [*(f"P_{r}" for r in self.roles), *(c.register for c in self.used)]
         self.link = ps.measure.link if ps.measure else None
+        self.watches = bool(self.link and "before" in self.link.sees)
 
     def function(self, name: str, plain: Any) -> str:
         """The name under which the text calls a function."""
@@ -148,19 +152,19 @@ class Writer:
         """Tensor t's pointers at this block, its scalars, and how many elements go the fast way."""
         layout, lines = self.layout, [*self.where(), f"size = {self.layout.of('size')}"]
         lines.append(f"row = step + {layout.head} + 2 * T + tl.load(step + {layout.head} + T + t) * {layout.columns}")
-        for role, dtype in self.roles.items():
+        for role, dtype in self.streams.items():
             at = layout.rings.get(role)  # the column of its position: entries lie one after the other
             entry = "" if at is None else f" + number(row + {at}).to(tl.int64) * size * {dtype.itemsize}"
             lines += [
                 f"A_{role} = {layout.of(role)}{entry} + start * {dtype.itemsize}",
                 f"P_{role} = A_{role}.to(tl.pointer_type({TYPES[dtype]}))",
             ]
-        addresses = " | ".join(f"A_{role}" for role in self.roles)
+        addresses = " | ".join(f"A_{role}" for role in self.streams)
         lines += self.extent(f"({addresses}) & 15 == 0")
         return lines + [f"{c.register} = {self.scalar(c)}" for c in self.used]
 
     def loads(self) -> list[str]:
-        return [f"{r} = load(P_{r}, at, left, FULL, TILE)" for r in self.roles]
+        return [f"{r} = load(P_{r}, at, left, FULL, TILE)" for r in self.streams]
 
     def stored(self, role: str, value: str) -> str:
         return f"store(P_{role}, at, left, {value}, FULL, TILE)"
@@ -168,23 +172,31 @@ class Writer:
     def inside(self, x: str) -> str:
         return f"inside({x}, at, left, FULL, TILE)"
 
-    stride, lanes = "TILE", "at + tl.arange(0, TILE)"
+    stride, lanes, more = "TILE", "at + tl.arange(0, TILE)", ""
     apply: tuple[str, ...] = APPLY
     reduce: tuple[str, ...] = REDUCE
 
     def links(self) -> list[str]:
         """Loads, then the rules."""
+        return self.begin() + self.watched(self.calls(self.ps.rules))
+
+    def begin(self) -> list[str]:
         lines = self.loads()
         if self.kahan:
             lines += ["stored = p", "p = stored + rest", "p_before = p"]
         lines += ["g = -g"] * self.kind.program.maximize + ["u = g"]
-        lines += ["before = u"] * bool(self.link and "before" in self.link.sees)
-        for i, placed in self.ps.rules:
+        return lines + ["before = u"] * self.watches
+
+    def watched(self, calls: list[str]) -> list[str]:
+        """With what the last rule is given, where the measure asks for it."""
+        return [*calls[:-1], *["before = u"] * self.watches, *calls[-1:]] if calls else []
+
+    def calls(self, rules: "list[tuple[int, Placed]]") -> list[str]:
+        lines = []
+        for i, placed in rules:
             rule, registers = placed.link, [f"s_{n}" for n in placed.holds]
             given = ["u", *rule.sees, *registers, *(c.register for c in self.kind.program.scalars.of[i])]
             flows = "p" if rule.stage == Stage.WRITE else "u"
-            if self.link and "before" in self.link.sees and (i, placed) == self.ps.rules[-1]:
-                lines.append("before = u")
             name = self.function(f"r{i}_{rule.name}", rule)
             lines.append(f"{', '.join([flows, *registers])} = {name}({', '.join(given)})")
         return lines
@@ -204,6 +216,7 @@ class Writer:
             arguments=", ".join(map(repr, arguments)),
             signature=", ".join(arguments),
             name=name,
+            more=self.more,
             stride=self.stride,
             loop_full=lines["loop"].replace("FULL", "True"),
             loop_rest=lines["loop"].replace("FULL", "False"),
@@ -250,8 +263,44 @@ class Boxes(Writer):
         return f"only({x}, ok, FULL)"
 
 
+class Partial(Writer):
+    """A pass with a split: the slots of what is selected lie side by side, and meet their elements in registers."""
+
+    more = "from gradkit.triton_kernels.memory import load_selected, selected, store_selected\n"
+
+    def __init__(self, kind: "Kind", ps: "Pass"):
+        super().__init__(kind, ps)
+        self.selected = [f"s_{n}" for n in ps.low]
+        self.streams = {r: d for r, d in self.roles.items() if r not in self.selected}
+        self.inputs += ["P_marks", "P_counts"]
+
+    def opening(self) -> list[str]:
+        of = self.layout.of
+        lines = [f"P_{r} = {of(r)}.to(tl.pointer_type({TYPES[self.roles[r]]}))" for r in self.selected]
+        lines.append(f"P_marks = ({of('marks')} + start // 16 * 4).to(tl.pointer_type(tl.int32))")
+        lines.append(f"P_counts = ({of('counts')} + start // TILE * 8).to(tl.pointer_type(tl.int64))")
+        return super().opening() + lines
+
+    def loads(self) -> list[str]:
+        lines = ["chosen, place = selected(P_marks, at, left, FULL, TILE)", "first = tl.load(P_counts + at // TILE)"]
+        own = [f"{r} = load_selected(P_{r}, first, place, chosen)" for r in self.selected]
+        return lines + super().loads() + own
+
+    def stored(self, role: str, value: str) -> str:
+        if role in self.selected:
+            return f"store_selected(P_{role}, first, place, chosen, {value})"
+        return super().stored(role, value)
+
+    def links(self) -> list[str]:
+        """Both sides of the split on all lanes, of which each takes one."""
+        before, inside, outside, behind = map(self.calls, self.ps.parts())
+        sides = ["entry = u", *inside, "inner, u = u, entry", *outside, "u = tl.where(chosen, inner, u)"]
+        after = self.watched(behind) or ["before = entry"] * self.watches
+        return [*self.begin(), *before, *sides, *after]
+
+
 def writer(kind: "Kind", ps: "Pass") -> Writer:
-    return (Boxes if in_units(kind, ps) else Writer)(kind, ps)
+    return (Partial if ps.splits else Boxes if in_units(kind, ps) else Writer)(kind, ps)
 
 
 @lru_cache(maxsize=64)

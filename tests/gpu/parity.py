@@ -1,11 +1,12 @@
 """At size: the naive float64 references where elements are sampled, and gradkit's eager in every element.
 
 The references are numpy on the host, independent of gradkit and slow: an elementwise chain is followed where it is
-sampled, at both ends of every tensor and between, and a chain with a measure in all elements. The rest is bits: the
-elements between the samples are eager's own, which runs the rules as plain torch and knows no block or chunk.
+sampled, at both ends of every tensor and between, and a chain with a measure or a split in all elements. The rest is
+bits: the elements between the samples are eager's own, which runs the rules as plain torch and knows no block or chunk.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -40,8 +41,17 @@ def measures(case: Case) -> bool:
     return explained.count("  pass ") > explained.count("  chain: ")
 
 
-ELEMENTWISE = [case for case in CASES if not measures(case)]
+def splits(case: Case) -> bool:
+    """Whether it selects: a sample of a tensor isn't a tensor then."""
+    p = torch.zeros(2, 2, requires_grad=True)
+    return any(batch.program.split for batch in case.optimizer([p], backend="eager").batches([p]))
+
+
+SPLIT = [case for case in CASES if splits(case)]
 MEASURED = [case for case in CASES if measures(case)]
+ELEMENTWISE = [case for case in CASES if case not in SPLIT and not measures(case)]
+BY_LINES = [case for case in SPLIT if case.name != "spam_density"]  # single entries take the reference hours to select
+FRUGAL = BY_NAME["frugal_columns"]
 
 
 class Sample:
@@ -87,8 +97,8 @@ def test_sampled_elements_follow_the_naive_reference(place: Place, case: Case, m
     assert_follows(ours, theirs, tolerance("reference", torch.float32))
 
 
-@rows({case.name: (case,) for case in MEASURED})
-def test_all_elements_follow_the_naive_reference_where_sums_are_formed(place: Place, case: Case) -> None:
+@rows({case.name: (case,) for case in (*MEASURED, *BY_LINES)})
+def test_all_elements_follow_the_naive_reference_of_sums_and_splits(place: Place, case: Case) -> None:
     params = parameters(place, place.shapes(RESNET50))
 
     def whole(tensors: Sequence[Tensor]) -> list[np.ndarray]:
@@ -142,6 +152,17 @@ def assert_eagers(place: Place, case: Case, shapes: Sequence[tuple[int, ...]], d
         assert_equal(p.detach(), q.detach(), f"parameter {i}")
         for name, slot in other.state[q].items():
             assert_equal(optimizer.state[p][name], slot, f"{name} of parameter {i}")
+
+
+@rows(
+    {kind: (kind, torch.float32, {}) for kind in ("columns", "rows", "randk")}
+    | {f"randk, {name}": ("randk", *stored) for name, stored in LOW.items()}
+)
+def test_every_element_is_eagers_when_another_part_is_selected(
+    place: Place, kind: str, dtype: torch.dtype, options: dict
+) -> None:
+    case = replace(FRUGAL, arguments={**FRUGAL.arguments, "split": kind, "update_gap": STEPS - 1})
+    assert_eagers(place, case, place.shapes(RESNET50), dtype, options)
 
 
 @rows({f"{case.name}, {name}": (case, *stored) for case in FIVE for name, stored in LOW.items()})

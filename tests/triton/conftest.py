@@ -3,7 +3,7 @@
 import importlib.util
 import os
 
-INTERPRETED = ["test_interpreter.py", "test_steps.py", "test_measured.py"]
+INTERPRETED = ["test_interpreter.py", "test_steps.py", "test_measured.py", "test_split.py"]
 COMPILED = ["test_compile.py", "test_gate.py", "test_specialisation.py"]
 collect_ignore = COMPILED if os.environ.get("TRITON_INTERPRET", "0") != "0" else INTERPRETED
 if importlib.util.find_spec("triton") is None:  # there are wheels for Linux only

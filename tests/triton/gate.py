@@ -11,11 +11,15 @@ import torch
 from builds import TARGETS, Build, builds, used
 
 import gradkit
+from gradkit import chain
 from gradkit.explain import expected
 from gradkit.plan import Batch, Pass
+from gradkit.stats import norms
 from gradkit.transforms import adaptive_clip, cautious, clip_by_global_norm, clip_by_norm, grokfast_ema, zclip
 
 BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+ELEMENT = re.compile(r"tensor<\d+x(?:!tt\.ptr<)?(b?f\d+)")
+MASKED = re.compile(r"(?:load [^,:]+|store [^,:]+, [^,:]+), %")
 
 BF16 = torch.bfloat16
 CLIP = {"transforms": [clip_by_global_norm(1.0)]}
@@ -24,6 +28,10 @@ FIVE = {"transforms": [clip_by_norm(1.0), grokfast_ema(), cautious()], "decay": 
 
 def scale(params: list[torch.nn.Parameter], role: str) -> gradkit.Optimizer:
     return gradkit.SCALE([{"params": params, "role": role}])
+
+
+def frugal(params: list[torch.nn.Parameter], **options: Any) -> gradkit.Optimizer:
+    return gradkit.FRUGAL([{"params": params, "role": "matrix"}], **options)
 
 
 # each optimizer as users run it; of those with transforms every pass is a row
@@ -51,6 +59,9 @@ CHAINS: dict[str, tuple[Callable[..., gradkit.Optimizer], torch.dtype, dict[str,
     "SCALE, last layer": (scale, torch.float32, {"role": "last"}),
     "SCALE, embedding": (scale, torch.float32, {"role": "embedding"}),
     "SCALE, embedding bf16": (scale, BF16, {"role": "embedding"}),
+    "FRUGAL, entries": (frugal, torch.float32, {"split": "randk"}),
+    "FRUGAL, entries, bf16": (frugal, BF16, {"split": "randk"}),
+    "FRUGAL, entries, stats": (frugal, torch.float32, {"split": "randk", "transforms": [chain(norms)]}),
     "own chain of five links": (gradkit.AdamW, torch.float32, FIVE),
 }
 
@@ -60,11 +71,14 @@ class Row(NamedTuple):
 
     registers: int
     spilled: int
-    read: float
-    written: float
+    read: int
+    written: int
     conversions: int  # between layouts: a trip through shared memory
     wide: int  # accesses of 4 elements at once
     accesses: int
+    narrow: int  # of what a split selects, element by element
+    read_selected: int  # for a selected element
+    written_selected: int
     approximate: int  # or flushing, or contracted instructions
 
 
@@ -87,21 +101,28 @@ def row(build: Build) -> Row:
     fast = re.search(r"scf\.(?:while|for)\b.*?scf\.yield", built.asm["ttgir"], re.S)  # the first loop
     assert fast, "no loop over full tiles"
     loads, stores = (re.findall(rf"^.*\b(?:tt\.|buffer_){what}\b.*", fast[0], re.M) for what in ("load", "store"))
-    masked = [x for x in (*loads, *stores) if re.search(r"(?:load [^,:]+|store [^,:]+, [^,:]+), %", x)]
-    assert not masked, masked
-    sizes = [BYTES[x] for line in (*loads, *stores) for x in re.findall(r"tensor<\d+x(?:!tt\.ptr<)?(b?f\d+)", line)]
+    (read, read_selected), (written, written_selected) = sizes(loads), sizes(stores)
     registers, spilled = (nvidia if build.target.backend == "cuda" else amd)(built)
-    read, written = sum(sizes[: len(loads)]), sum(sizes[len(loads) :])
+    whole, selected = [*read, *written], [*read_selected, *written_selected]
     return Row(
         registers,
         spilled,
-        read,
-        written,
+        sum(read),
+        sum(written),
         fast[0].count("convert_layout"),
-        min(wide(built.asm, set(sizes)), len(sizes)),  # words of a box's item may be read together too
-        len(sizes),
+        min(wide(built.asm, set(whole)), len(whole)),  # words of a box's item may be read together too
+        len(whole) + len(selected),
+        len(selected),
+        sum(read_selected),
+        sum(written_selected),
         len(re.findall(r"\S*(?:approx|\.full|\.ftz|\bfma)\S*", built.asm.get("ptx", ""))),
     )
+
+
+def sizes(accesses: list[str]) -> tuple[list[int], list[int]]:
+    """Bytes of an element in each, of those of whole tiles and of those under a mask."""
+    found = [(bool(MASKED.search(line)), BYTES[x]) for line in accesses for x in ELEMENT.findall(line)]
+    return [size for masked, size in found if not masked], [size for masked, size in found if masked]
 
 
 def wide(asm: Any, sizes: set[int]) -> int:
@@ -135,7 +156,8 @@ def table() -> str:
         for each in zip(*(passes_of(name, arch) for arch in TARGETS), strict=True):
             (_, ps, first), registers = each[0], [str(found.registers) for _, _, found in each]
             kernel = f"{name}: {ps.measure.link.name}" if ps.measure else name
-            cells = [kernel, first.read, first.written, f"{first.wide} of {first.accesses}", *registers]
+            moved = [f"{a} + {b}s" if b else a for a, b in zip(first[2:4], first[8:10], strict=True)]
+            cells = [kernel, *moved, f"{first.wide} of {first.accesses}", *registers]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

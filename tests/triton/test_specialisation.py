@@ -18,6 +18,7 @@ from test_compile import HELPED, module
 import gradkit
 from gradkit import backends, chain
 from gradkit import transforms as tx
+from gradkit.stats import norms
 from gradkit.triton_kernels import launch, load, rules, source
 
 
@@ -162,6 +163,27 @@ def test_without_a_cache_folder_kernels_are_still_loaded(monkeypatch):
     load.kernel.cache_clear()
     run = load.kernel("def run(): return 3\n")
     assert run() == 3 and Path(run.__code__.co_filename).read_text() == "def run(): return 3\n"
+
+
+def test_another_selection_compiles_nothing(compiled):
+    params = [torch.ones(n, 7, requires_grad=True) for n in (3, 500)]
+    groups = [{"params": params, "role": "matrix"}]
+    optimizer = gradkit.FRUGAL(groups, split="randk", update_gap=1, backend="triton")
+    step(optimizer)
+    assert compiled == [[TYPES[name] for name in source.APPLY]]
+    for _ in range(3):
+        step(optimizer)
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_a_split_compiles_for(arch, rounding):
+    """And a measure behind it."""
+    p = torch.ones(4, 4, dtype=torch.bfloat16, requires_grad=True)
+    groups, behind = [{"params": [p], "role": "matrix"}], [chain(norms)]
+    optimizer = gradkit.FRUGAL(groups, split="columns", rounding=rounding, transforms=behind)
+    assert [b.name for b in builds(optimizer, arch) if b.compile()] == ["measure", "apply"]
 
 
 @pytest.mark.parametrize("arch", TARGETS)
