@@ -1,4 +1,4 @@
-"""What the demo and `survive_spikes.py` show of a run: its progress, and its loss curves beside the others'."""
+"""What the demo and its neighbours show of a run: its progress, its costs, its loss curves beside the others'."""
 
 import math
 import sys
@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import language_model
 import torch
 
 Params = list[torch.nn.Parameter]
@@ -19,11 +21,41 @@ class Run:
 
     name: str
     settings: str
-    make: Callable[[Params, int], torch.optim.Optimizer]
+    make: Callable[[Any, int], torch.optim.Optimizer]  # of parameters or groups, and the number of steps
     color: str
     line: str = "-"
     losses: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass
+class Costed(Run):
+    """A run, and what its optimizer costs: the median time of a step, and the state that it holds."""
+
+    step_ms: float = math.nan
+    state_bytes: int = 0
+
+    def train(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        corpus: language_model.Corpus,
+        steps: int,
+        seed: int,
+        disturb: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """Train the model, and note losses and costs; `disturb` as in `language_model.train`."""
+        progress, started, times = Progress(self.name, steps), 0.0, []
+
+        def start(*_: Any) -> None:
+            nonlocal started
+            started = time.perf_counter()
+
+        optimizer.register_step_pre_hook(start)
+        optimizer.register_step_post_hook(lambda *_: times.append(time.perf_counter() - started))
+        for loss in language_model.train(model, optimizer, corpus, steps, seed, disturb):
+            follow(self, loss, lambda: corpus.held_out_loss(model), progress)
+        self.step_ms, self.state_bytes = 1000 * median(times), state_bytes(optimizer)
 
 
 class Progress:
@@ -53,6 +85,12 @@ def follow(run: Run, loss: float, held_out_loss: Callable[[], float], progress: 
     progress.show(n, sum(run.losses[-20:]) / len(run.losses[-20:]))
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What the optimizer keeps for elements of parameters: counters have no dimension."""
+    held = (x for state in optimizer.state.values() for x in state.values())
+    return sum(x.numel() * x.element_size() for x in held if isinstance(x, torch.Tensor) and x.dim())
+
+
 def smooth(losses: list[float], keep: float) -> list[float]:
     """A running mean that forgets, corrected for its start at zero."""
     mean, curve = 0.0, []
@@ -74,7 +112,7 @@ def label_ends(axes: Any, runs: Sequence[Run]) -> None:
     axes.set_xticks([tick for tick in axes.get_xticks() if first <= tick <= step])
 
 
-def draw(runs: Sequence[Run], title: str, out: Path, mark: Callable[[Any], None]) -> str:
+def draw(runs: Sequence[Run], title: str, out: Path, mark: Callable[[Any], None] = lambda axes: None) -> str:
     """The loss curves, with what `mark` adds to those of training; returns what to tell the user."""
     try:
         import matplotlib

@@ -4,32 +4,20 @@
 """
 
 import argparse
-import math
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import language_model
 import text
 import torch
-from curves import Params, Progress, Run, draw, follow
+from curves import Costed, Params, draw
 
 import gradkit
 
 SEED = 0
 
 
-@dataclass
-class Entry(Run):
-    """A run of the demo, and what its steps cost."""
-
-    step_ms: float = math.nan
-    state_bytes: int = 0
-
-
-def entries() -> list[Entry]:
+def entries() -> list[Costed]:
     """Each with the best of three learning rates, a factor of two apart, as tried on this text, model and length."""
     decay, betas = 0.1, (0.9, 0.99)
 
@@ -55,32 +43,18 @@ def entries() -> list[Entry]:
         return gradkit.Lion(params, lr=5e-4, betas=(0.95, 0.98), weight_decay=3 * decay)
 
     return [
-        Entry("torch.optim.AdamW", "lr 1.2e-2", torch_adamw, "#222222", "--"),
-        Entry("AdamW", "lr 1.2e-2", adamw, "#1f77b4"),
-        Entry("AdEMAMix", "lr 3e-3", ademamix, "#d62728"),
-        Entry("DiffGrad", "lr 2.4e-2", diffgrad, "#2ca02c"),
-        Entry("Lion", "lr 5e-4", lion, "#ff7f0e"),
+        Costed("torch.optim.AdamW", "lr 1.2e-2", torch_adamw, "#222222", "--"),
+        Costed("AdamW", "lr 1.2e-2", adamw, "#1f77b4"),
+        Costed("AdEMAMix", "lr 3e-3", ademamix, "#d62728"),
+        Costed("DiffGrad", "lr 2.4e-2", diffgrad, "#2ca02c"),
+        Costed("Lion", "lr 5e-4", lion, "#ff7f0e"),
     ]
 
 
-def train(entry: Entry, corpus: language_model.Corpus, steps: int) -> language_model.LanguageModel:
+def train(entry: Costed, corpus: language_model.Corpus, steps: int) -> language_model.LanguageModel:
     """The same first weights and the same batches for each entry."""
     model = language_model.build(len(corpus.alphabet), SEED)
-    optimizer = entry.make(list(model.parameters()), steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, language_model.schedule(steps))
-    progress, times = Progress(entry.name, steps), []
-    for x, y in corpus.batches(steps, SEED):
-        loss = language_model.cross_entropy(model(x), y)
-        loss.backward()
-        start = time.perf_counter()
-        optimizer.step()
-        times.append(time.perf_counter() - start)
-        scheduler.step()
-        optimizer.zero_grad()
-        follow(entry, loss.item(), lambda: corpus.held_out_loss(model), progress)
-    entry.step_ms = 1000 * median(times)
-    slots = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    entry.state_bytes = sum(slot.numel() * slot.element_size() for slot in slots)
+    entry.train(model, entry.make(list(model.parameters()), steps), corpus, steps, SEED)
     return model
 
 
@@ -90,7 +64,7 @@ def tail(losses: list[float]) -> float:
     return sum(last) / len(last)
 
 
-def print_table(results: list[Entry]) -> None:
+def print_table(results: list[Costed]) -> None:
     print(f"\n{'optimizer':<18} {'settings':<10} {'train':>7} {'held out':>9} {'step, ms':>9} {'state, bytes':>13}")
     for e in results:
         print(
@@ -99,7 +73,7 @@ def print_table(results: list[Entry]) -> None:
         )
 
 
-def print_remarks(results: list[Entry], pair_loss: float) -> None:
+def print_remarks(results: list[Costed], pair_loss: float) -> None:
     """What the table shows and what it doesn't."""
     end = {e.name: e.held_out[-1][1] for e in results}
     gap = {name: f"{loss - end['torch.optim.AdamW']:+.3f}" for name, loss in end.items()}
@@ -117,7 +91,7 @@ One seed of one small model: it shows that they run side by side, not which to u
     )
 
 
-def draw_all(results: list[Entry], pair_loss: float, out: Path) -> str:
+def draw_all(results: list[Costed], pair_loss: float, out: Path) -> str:
     """The loss curves, and what counting pairs reaches; returns what to tell the user."""
 
     def mark(axes: Any) -> None:

@@ -231,8 +231,9 @@ def test_an_optimizers_page_names_its_state():
 
     for page in (DOCS / "optimizers").glob("[!i]*.md"):
         (name,) = signatures([page])
-        shapes = {"vector": 2, "last": (2, 2)}
-        groups = [{"params": [torch.nn.Parameter(torch.zeros(s))], "role": role} for role, s in shapes.items()]
+        shapes = {"matrix": (2, 2), "last": (2, 2), "vector": 2}  # four of each, of which FRUGAL selects one
+        of = {role: [torch.nn.Parameter(torch.zeros(s)) for _ in range(4)] for role, s in shapes.items()}
+        groups = [{"params": params, "role": role} for role, params in of.items()]
         optimizer = public(name)(groups)
         optimizer.init_state()
         held = {slot for state in optimizer.state.values() for slot in state}

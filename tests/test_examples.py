@@ -15,7 +15,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("AdamW", "AdEMAMix", "DiffGrad", "Lion")
-ROWS = ("diffgrad", "grokfast", "ademamix", "spikes")
+ROWS = ("diffgrad", "grokfast", "ademamix", "spikes", "memory")
+THRIFTY = ("AdamW", "FRUGAL", "FRUGAL, density 0", "SCALE", "SCALE, momentum 0", "torch.optim.SGD")
 SURVIVORS = ("AdamW, norm clip", "AdamW, zclip", "AdamW, spike clip", "SPAM", "StableSPAM")
 
 
@@ -143,6 +144,56 @@ def test_what_is_recovered_is_a_share_of_what_the_spikes_cost(survive_spikes: An
     assert survive_spikes.recovered(loss, clean=1.5, spiked=1.5) == "-", "nothing was lost"
 
 
+def test_small_memory_measures_what_the_roles_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = run(tmp_path, "examples/small_memory.py", "--steps", "3")
+    rows = re.findall(r"^(\S.*?) {2,}\S.*?  +[\d.]+ +([\d,]+) +([\d.]+)% +[\d.]+$", output, re.MULTILINE)
+    held = {name: int(size.replace(",", "")) for name, size, _ in rows}
+    assert tuple(held) == THRIFTY, output
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module("small_memory")
+    model = example.build(len(set(example.text.load())), 0)
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+    norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    table, head = model.embedding.weight.numel(), model.head.weight.numel()
+    everything = matrices + norms + table + head
+    assert held["AdamW"] == 8 * everything and held["torch.optim.SGD"] == 4 * everything
+    assert held["FRUGAL"] == 8 * (matrices / 4 + norms + table + head)
+    assert held["FRUGAL, density 0"] == 8 * (norms + table + head)
+    assert held["SCALE"] == 8 * norms + 4 * head and held["SCALE, momentum 0"] == 8 * norms
+    assert rows[1][2] == f"{100 * held['FRUGAL'] / held['AdamW']:.1f}"
+    assert_drawn(tmp_path / "small_memory.png", output)
+
+
+def test_small_memory_clips_the_gradients_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every step, before the optimizer."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module("small_memory")
+    corpus, seen = example.language_model.Corpus(example.text.load()), []
+
+    def sees(groups: Any, steps: int) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(groups, lr=100.0)  # what follows a step of that has large gradients
+        params = [p for g in optimizer.param_groups for p in g["params"]]
+        optimizer.register_step_pre_hook(lambda *_: seen.append(torch.nn.utils.get_total_norm(p.grad for p in params)))
+        return optimizer
+
+    example.train(example.Costed("SGD", "", sees, ""), corpus, 3, 0)
+    assert len(seen) == 3 and max(seen) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_models_positions_turn_and_do_not_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of a query and a key depends on how far apart they are, not on where."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    rotated = importlib.import_module("small_memory").rotated
+    q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    there, here = (rotated(x.expand(1, 1, 12, 16))[0, 0] for x in (q, k))
+    products = there @ here.T
+    for apart in range(12):
+        along = products.diagonal(-apart)
+        torch.testing.assert_close(along, along[:1].expand_as(along), rtol=0, atol=1e-5)  # angles are float32
+    assert len({round(x, 9) for x in products[:, 0].tolist()}) == 12
+    torch.testing.assert_close(there.norm(dim=-1), q.norm().expand(12), rtol=1e-6, atol=0)
+
+
 def test_evidence_rows_run(tmp_path: Path) -> None:
     output = run(tmp_path, "bench/evidence.py", "--cap", "5", "--out", str(tmp_path))
     rows = json.loads((tmp_path / "evidence.json").read_text())
@@ -151,7 +202,8 @@ def test_evidence_rows_run(tmp_path: Path) -> None:
         assert set(row["gates"].values()) == {None}, "a capped run must not claim that a gate is met"
         assert all(gate in output for gate in row["gates"]) and "torch" in row["machine"]
     assert (tmp_path / "evidence.md").read_text().count("\n## ") == len(ROWS)
-    assert_drawn(tmp_path / "evidence-spikes.png", output)
+    for name in ("spikes", "memory"):
+        assert_drawn(tmp_path / f"evidence-{name}.png", output)
 
 
 def test_evidence_goes_on_with_the_rows_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
