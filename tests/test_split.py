@@ -105,6 +105,23 @@ def test_a_density_as_in_the_authors_code():
     assert len(Choices().within(Turn("rows", "random", 0.4, 0, 0), 0, 4)) == 1
 
 
+def test_the_authors_draw_each_entry_by_itself():
+    """SPAM's official_quirks: after the first reset as many as chance gives."""
+    counts = [len(Choices().within(Turn("randk", "bernoulli", 0.3, r, 0), 0, 1000)) for r in range(20)]
+    assert counts[0] == 300 and len({*counts}) > 10 and abs(sum(counts) / 20 - 300) < 10
+
+
+def test_the_authors_density_has_no_decay():
+    ends = []
+    for decay in (0.0, 0.5):
+        params = drawn((6, 10))
+        optimizer = gradkit.SPAM(params, density=0.5, weight_decay=decay, official_quirks=True)
+        run(optimizer, params, range(2))
+        ends.append(params[0])
+    assert torch.equal(*ends) and optimizer.param_groups[0]["decay"] == "none"
+    assert gradkit.SPAM(params, density=0.5).param_groups[0]["decay"] == "decoupled"
+
+
 # ---- on every backend, in every storage
 
 

@@ -2,6 +2,14 @@
 
 from tests.terms import golden, hostile, limit, rows
 
+PICKS = "test_split.py::test_the_smallest_random_numbers_are_selected[columns-0.29]"
+CUT = "test_split.py::test_a_density_as_in_the_authors_code"
+BLOCKS = "test_split.py::test_blocks_follow_each_other[{}]"
+CHANCE = "test_split.py::test_the_authors_draw_each_entry_by_itself"
+NO_DECAY = "test_split.py::test_the_authors_density_has_no_decay"
+WHOLE = "test_split.py::test_state_can_be_made_as_at_any_step[blocks]"
+SLEEPS = "test_split.py::test_a_parameter_without_gradient_at_a_refresh_takes_its_turn"
+STATE_AT = "test_split.py::test_a_new_selection_starts_fresh_or_keeps_its_place[columns]"
 MEANS = "the_mean_over_samples_is_the_diagonal"
 LABELS = "labels_are_drawn_with_their_probabilities"
 IGNORED = "labels_have_the_shape_of_the_targets_and_ignore_what_they_ignore"
@@ -9,6 +17,18 @@ IGNORED = "labels_have_the_shape_of_the_targets_and_ignore_what_they_ignore"
 
 def estimator(name: str) -> str:
     return f"test_estimators.py::test_{name}"
+
+
+def split(name: str, *parameters: str) -> str:
+    return f"test_split.py::test_{name}" + (f"[{'-'.join(parameters)}]" if parameters else "")
+
+
+def ways(way: str) -> str:
+    return split("frugals_other_ways_are_the_references", way, "smooth", "eager")
+
+
+def selects(file: str) -> str:
+    return f"test_golden.py::test_a_split_is_the_authors[{file}-eager]"
 
 
 def scales(file: str) -> str:
@@ -307,5 +327,88 @@ MUTANTS = (
             limit("grokfast_without_lamb_is_adamw_with_l2", "ema", "eager"),
         ),
         ("Grokfast: filter", "            moving if", "            chain() if", hostile("grokfast_adam_window")),
+    ),
+    *rows(
+        "optim/frugal.py",
+        ("FRUGAL: sign of the rest", "return sign(u) * scale", "return u * scale", hostile("frugal_columns")),
+        ("FRUGAL: lr_scale", 'return {"scale": lr_scale}', 'return {"scale": 1.0}', hostile("frugal_blocks")),
+        (
+            "FRUGAL: lr_scale of the rest",
+            '"scale": lr_scale * state_free_lr_scale',
+            '"scale": state_free_lr_scale',
+            hostile("frugal_blocks"),
+        ),
+        (
+            "FRUGAL: state_free_lr_scale",
+            '"scale": lr_scale * state_free_lr_scale',
+            '"scale": lr_scale',
+            hostile("frugal_columns"),
+        ),
+        ("FRUGAL: momentum", "= momentum * momentum_buffer + u", "= u", hostile("frugal_rows")),
+        (
+            "FRUGAL: the authors' first gradient",
+            "where(first > 0.5, u, momentum_buffer)",
+            "momentum_buffer",
+            ways("quirks"),
+        ),
+        (
+            "FRUGAL: the authors' first weight",
+            "where(first > 0.5, p, momentum_buffer)",
+            "momentum_buffer",
+            ways("quirks"),
+        ),
+        ("FRUGAL: only matrices are split", 'role == "matrix", group', "True, group", hostile("frugal_columns")),
+        ("FRUGAL: state that stays", 'not group["reset_state"]), derive', "False), derive", ways("kept")),
+    ),
+    *rows(
+        "selection.py",
+        (
+            "selection: another with each refresh",
+            '"refresh": (clock - 1) // update_gap',
+            '"refresh": 0',
+            hostile("frugal_rows"),
+        ),
+        ("selection: seed", 'int(group["seed"]))', "0)", ways("seed")),
+        ("selection: parameter", "words(four, turn.refresh, index,", "words(four, turn.refresh, 0,", PICKS),
+        ("selection: how many", "k = int(count * turn.density)", "k = round(count * turn.density)", PICKS),
+        ("selection: how many tensors", "k = round(count * turn.density)", "k = int(count * turn.density)", CUT),
+        ("selection: a vector is whole", "if p.dim() < 2 or", "if", hostile("spam_density")),
+        (
+            "selection: descending",
+            "count - 1 - i for i in ascending",
+            "i for i in ascending",
+            BLOCKS.format("descending"),
+        ),
+        ("selection: ascending", "(turn.refresh * k + j) % count", "j", BLOCKS.format("ascending")),
+        (
+            "selection: mirror",
+            "for i in (pair, count - 1 - pair)",
+            "for i in (pair, pair + 1)",
+            BLOCKS.format("mirror"),
+        ),
+        ("selection: the rest may stand still", "where(absolute(u) < 0.0, u, 0.0)", "u", ways("none")),
+        ("selection: the authors' chance", 'turn.order == "bernoulli" and turn.refresh', "False", CHANCE),
+    ),
+    *rows(
+        "optim/spam.py",
+        (
+            "SPAM: another selection with each reset",
+            "clock // reset_every if reset_every else 0}\n\n\nclass",
+            "0}\n\n\nclass",
+            hostile("spam_density"),
+        ),
+        ("SPAM: the authors' density has no decay", 'param_group["decay"] = "none"', "pass", NO_DECAY),
+    ),
+    *rows(
+        "optimizer.py",
+        (
+            "split: state starts fresh",
+            "anew and not (whole.split.link.keep and fits)",
+            "anew and not fits",
+            hostile("frugal_columns"),
+        ),
+        ("split: what is left is dropped", "if name not in program.low or (anew", "if (anew", WHOLE),
+        ("split: a sleeping parameter takes its turn", "(p in wanted or p in self.state)", "False", SLEEPS),
+        ("split: looking changes nothing", "self._laid[p] = self.choices, member.turn", "pass", STATE_AT),
     ),
 )
