@@ -7,9 +7,8 @@ CUT = "test_split.py::test_a_density_as_in_the_authors_code"
 BLOCKS = "test_split.py::test_blocks_follow_each_other[{}]"
 CHANCE = "test_split.py::test_the_authors_draw_each_entry_by_itself"
 NO_DECAY = "test_split.py::test_the_authors_density_has_no_decay"
-WHOLE = "test_split.py::test_state_can_be_made_as_at_any_step[blocks]"
 SLEEPS = "test_split.py::test_a_parameter_without_gradient_at_a_refresh_takes_its_turn"
-STATE_AT = "test_split.py::test_a_new_selection_starts_fresh_or_keeps_its_place[columns]"
+STATE_AT = "test_split.py::test_numbers_of_a_split_stand_in_the_group"
 MEANS = "the_mean_over_samples_is_the_diagonal"
 LABELS = "labels_are_drawn_with_their_probabilities"
 IGNORED = "labels_have_the_shape_of_the_targets_and_ignore_what_they_ignore"
@@ -407,8 +406,8 @@ MUTANTS = (
             "anew and not fits",
             hostile("frugal_columns"),
         ),
-        ("split: what is left is dropped", "if name not in program.low or (anew", "if (anew", WHOLE),
+        ("split: what is left is dropped", "if name not in program.low or (anew", "if (anew", ways("kept blocks")),
         ("split: a sleeping parameter takes its turn", "(p in wanted or p in self.state)", "False", SLEEPS),
-        ("split: looking changes nothing", "self._laid[p] = self.choices, member.turn", "pass", STATE_AT),
+        ("split: what state is laid out for", "self._laid[p] = self.choices, member.turn", "pass", STATE_AT),
     ),
 )
