@@ -305,6 +305,15 @@ def test_the_splits_count_is_its_own():
     assert float(state["filter_step"]) == 5 and float(state["low_step"]) == 2
 
 
+def test_another_seed_is_another_selection():
+    params = drawn((6, 10))
+    optimizer = made("columns", params)
+    run(optimizer, params, range(2))
+    optimizer.param_groups[0]["seed"] = 9
+    run(optimizer, params, range(2, 3))
+    assert float(optimizer.state[params[0]]["low_step"]) == 1
+
+
 def test_numbers_of_a_split_stand_in_the_group():
     params = drawn((6, 10))
     optimizer = made("columns", params)
