@@ -148,7 +148,8 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
     state, groups, laid = optimizer.state, optimizer.param_groups, optimizer._laid
     optimizer.param_groups = [{k: apart(v) for k, v in g.items()} for g in groups]
     optimizer._laid = {**laid}
-    optimizer.state = defaultdict(dict, {q: {n: apart(s) for n, s in slots.items()} for q, slots in state.items()})
+    copy = torch.clone if any(optimizer.check_group(g).split for g in groups) else apart  # a split may clear its slots
+    optimizer.state = defaultdict(dict, {q: {n: copy(s) for n, s in slots.items()} for q, slots in state.items()})
     try:
         plan = optimizer._make_plan(optimizer.check_group, params, grads, [])
     finally:

@@ -340,7 +340,7 @@ class Optimizer(torch.optim.Optimizer):
                 state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float32, device="cpu")
 
     def _take_turn(self, whole: Program, program: Program, member: Member) -> None:
-        """Drop what a split holds of a parameter where that was laid out for another turn, or where it runs no more."""
+        """Clear what a split holds of a parameter if that was laid out for another turn; drop it where it doesn't fit."""
         p, state, group = member.p, self.state[member.p], self.param_groups[member.group]
         assert whole.split
         assert member.turn
@@ -348,8 +348,10 @@ class Optimizer(torch.optim.Optimizer):
         anew = self._laid.get(p, last) != (self.choices, member.turn)
         for name in whole.low & {*state}:
             fits = name not in program.slots or state[name].shape == (program.part(name, member.chosen) or p.shape)
-            if name not in program.low or (anew and not (whole.split.link.keep and fits)):
+            if name not in program.low or (anew and not fits):
                 del state[name]
+            elif anew and not whole.split.link.keep:
+                state[name].zero_()  # new memory would cost more than a step
         self._laid[p] = self.choices, member.turn
 
     @torch.no_grad()

@@ -23,8 +23,8 @@ def philox(element: Tensor, step: int, index: int, seed: int, stream: int) -> Te
     return words(element, step, index, seed, stream)[0]
 
 
-def words(element: Tensor, step: int, index: int, seed: int, stream: int) -> tuple[Tensor, ...]:
-    """The same and three words more."""
+def words(element: Any, step: int, index: int, seed: int, stream: int) -> tuple[Any, ...]:
+    """The same and three words more; of torch's integers or numpy's."""
     c0: Any = element & WORD  # int64 products wrap, and their 64 bits are still those of the unsigned product
     c1: Any = element >> 32 & WORD
     c2: Any = step & WORD

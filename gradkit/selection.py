@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,10 +64,10 @@ class Choices:
 def keys(turn: Turn, index: int, count: int) -> np.ndarray:
     """A random number of each: the smallest are selected."""
     stream, out = random.stream(turn.kind), np.empty(-(-count // 4) * 4, np.uint32)
-    for start in range(0, count, CACHED):
-        four = torch.arange(start // 4, -(-min(count, start + CACHED) // 4))
-        words = torch.stack(random.words(four, turn.refresh, index, turn.seed, stream), 1)
-        out[start : start + words.numel()] = words.flatten().numpy().astype(np.uint32)
+    for start in range(0, len(out), CACHED):
+        four = np.arange(start // 4, min(len(out), start + CACHED) // 4)
+        words = random.words(four, turn.refresh, index, turn.seed, stream)
+        out[start : start + CACHED].reshape(-1, 4)[:] = np.stack(words, 1)
     return out[:count]
 
 
@@ -77,31 +76,15 @@ class Choice:
 
     def __init__(self, kind: str, picks: np.ndarray, shape: torch.Size):
         self.kind, self.shape = kind, shape
-        self.picks = picks if kind != "randk" else np.zeros(0, np.int64)
         lines, length = shape[0], shape.numel() // shape[0]
         self.count = len(picks) * {"columns": lines, "rows": length, "randk": 1}[kind]
         self.slot = {"columns": (lines, len(picks)), "rows": (len(picks), *shape[1:]), "randk": (len(picks),)}[kind]
-        if kind == "randk":  # as bits, for there may be millions
-            self.bits = self.packed(picks)
-
-    @cached_property
-    def bits(self) -> np.ndarray:
-        """A bit for each element in logical order, in whole words of 64."""
-        return self.packed(self.index())
-
-    def packed(self, index: np.ndarray) -> np.ndarray:
-        marks = np.zeros(-(-self.shape.numel() // 64) * 64, np.bool_)
-        marks[index] = True
-        return np.packbits(marks, bitorder="little")
-
-    def index(self) -> np.ndarray:
-        """The logical places of the selected elements, ascending."""
-        length = self.shape.numel() // self.shape[0]
-        if self.kind == "columns":
-            return (np.arange(self.shape[0])[:, None] * length + self.picks).ravel()
-        if self.kind == "rows":
-            return (self.picks[:, None] * length + np.arange(length)).ravel()
-        return np.flatnonzero(np.unpackbits(self.bits, bitorder="little"))
+        marks = np.zeros(-(-shape.numel() // 64) * 64, np.bool_)
+        if kind == "randk":
+            marks[picks] = True
+        else:
+            marks[: shape.numel()].reshape(lines, length)[(slice(None), picks) if kind == "columns" else picks] = True
+        self.bits = np.packbits(marks, bitorder="little")  # one for each element in logical order, in words of 64
 
 
 def turn_of(split: Placed, group: Mapping[str, Any], clock: float) -> Turn:

@@ -402,8 +402,8 @@ MUTANTS = (
         "optimizer.py",
         (
             "split: state starts fresh",
-            "anew and not (whole.split.link.keep and fits)",
-            "anew and not fits",
+            "elif anew and not whole.split.link.keep:",
+            "elif False:",
             hostile("frugal_columns"),
         ),
         ("split: what is left is dropped", "if name not in program.low or (anew", "if (anew", ways("kept blocks")),
