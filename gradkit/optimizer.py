@@ -340,7 +340,7 @@ class Optimizer(torch.optim.Optimizer):
                 state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float32, device="cpu")
 
     def _take_turn(self, whole: Program, program: Program, member: Member) -> None:
-        """Clear what a split holds of a parameter if that was laid out for another turn; drop it where it doesn't fit."""
+        """Clear what a split holds of a parameter if that is of another turn; drop it where it doesn't fit."""
         p, state, group = member.p, self.state[member.p], self.param_groups[member.group]
         assert whole.split
         assert member.turn

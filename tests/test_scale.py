@@ -5,92 +5,16 @@ import io
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import gradkit
 from tests.cases import BACKENDS
 from tests.contract.rows import assert_moved, assert_same, everything, values
+from tests.llama import small, train
 from tests.tolerance import tolerance
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 CLOSE = tolerance("reference", torch.float32)
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
-        self.down = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(x)
-        x = x + self.o(self.q(y) * self.k(y).softmax(-1) + self.v(y))
-        y = self.norm2(x)
-        return x + self.down(self.gate(y).relu() * self.up(y))
-
-
-class Llama(nn.Module):
-    """The parameters of a Llama with an untied head; its attention is none."""
-
-    def __init__(self, width: int, hidden: int, layers: int, words: int):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(words, width)
-        self.layers = nn.ModuleList([Block(width, hidden) for _ in range(layers)])
-        self.norm = nn.RMSNorm(width)
-        self.lm_head = nn.Linear(width, words, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed_tokens(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return self.lm_head(self.norm(x))
-
-
-def small() -> Llama:
-    torch.manual_seed(0)
-    return Llama(8, 12, 2, 20)
-
-
-def train(optimizer: torch.optim.Optimizer, model: nn.Module, steps: range) -> None:
-    for t in steps:
-        tokens = torch.randint(20, (3, 5), generator=torch.Generator().manual_seed(t))
-        nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def by_role(optimizer: gradkit.Optimizer) -> str:
-    (line,) = [x for x in optimizer.explain().splitlines() if x.startswith("state by role: ")]
-    return line.removeprefix("state by role: ")
-
-
-def test_the_state_of_a_llama_of_60m_is_known_before_the_first_step():
-    width, hidden, layers, words = 512, 1376, 8, 32_000
-    with torch.device("meta"):
-        model = Llama(width, hidden, layers, words)
-    assert sum(p.numel() for p in model.parameters()) == 2 * words * width + width + layers * (
-        4 * width**2 + 3 * width * hidden + 2 * width
-    )
-    head, norms = words * width, (2 * layers + 1) * width
-    optimizer = gradkit.SCALE(gradkit.param_groups(model))
-    assert by_role(optimizer) == f"matrix 0, embedding 0, last {4 * head:,}, vector {8 * norms:,} bytes"
-    assert by_role(optimizer) == "matrix 0, embedding 0, last 65,536,000, vector 69,632 bytes"
-    assert not optimizer.state
-
-
-def test_explain_says_the_bytes_that_a_step_then_takes():
-    model = small()
-    optimizer = gradkit.SCALE(gradkit.param_groups(model))
-    before = by_role(optimizer)
-    train(optimizer, model, range(1))
-    held = {
-        g["role"]: sum(x.nbytes for p in g["params"] for x in optimizer.state[p].values() if x.dim())
-        for g in optimizer.param_groups
-    }
-    assert before == by_role(optimizer) == ", ".join(f"{role} {size:,}" for role, size in held.items()) + " bytes"
-    assert held == {"matrix": 0, "embedding": 0, "last": 4 * 20 * 8, "vector": 8 * 5 * 8}
 
 
 def test_only_the_head_and_vectors_have_state():

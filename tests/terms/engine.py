@@ -29,7 +29,7 @@ MUTANTS = (
             "explain: state by role",
             '"without a role")] += size',
             '"without a role")] += 0 * size',
-            "test_scale.py::test_explain_says_the_bytes_that_a_step_then_takes",
+            "test_state_bytes.py::test_explain_says_the_bytes_that_a_step_then_takes[SCALE]",
         ),
     ),
     *rows(
