@@ -11,10 +11,8 @@ from torch import Tensor
 import gradkit
 from gradkit import transforms as tx
 from gradkit.selection import Choices, Turn
-from tests.cases import BACKENDS
 from tests.test_bad_input import snapshot
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 PARTS = ("columns", "rows", "randk")
 
 
@@ -137,11 +135,10 @@ NONSENSE = [
 ]
 
 
-@each_backend
 @pytest.mark.parametrize("kind", ("blocks", *PARTS))
-def test_choices_of_nothing_there_are_refused(kind, backend):
+def test_choices_of_nothing_there_are_refused(kind):
     """Kernels would read and write outside."""
-    optimizer = frugal(drawn(*[(4, 3)] * 4), split=kind, backend=backend)
+    optimizer = frugal(drawn(*[(4, 3)] * 4), split=kind)
     method = "tensors" if kind == "blocks" else "within"
     last = {"blocks": 3, "columns": 2, "rows": 3, "randk": 11}[kind]
     for picks, error in NONSENSE:
@@ -153,14 +150,13 @@ def test_choices_of_nothing_there_are_refused(kind, backend):
             assert str(raised.value) == says and not optimizer.state
 
 
-@each_backend
 @pytest.mark.parametrize("kind", ("blocks", *PARTS))
 @pytest.mark.parametrize("given", [{}, {"update_gap": 1}, {"update_gap": 1, "reset_state": False}], ids=str)
-def test_a_parameter_of_another_shape_is_refused(kind, given, backend):
+def test_a_parameter_of_another_shape_is_refused(kind, given):
     """Also where as much of it would be selected, and where a new selection begins."""
     for shape in ((4, 8), (4, 7), (3, 8)):
         params = drawn((4, 6), (4, 6))
-        optimizer = frugal(params, split=kind, density=1.0 if kind == "blocks" else 0.5, backend=backend, **given)
+        optimizer = frugal(params, split=kind, density=1.0 if kind == "blocks" else 0.5, **given)
         step(optimizer)
         params[1].grad, params[1].data = None, torch.ones(shape)
         params[1].grad = torch.ones(shape)
