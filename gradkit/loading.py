@@ -81,6 +81,7 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
     Of the same class the file's values win. Of another, the schedule and the slots of our names and shapes.
     """
     same = same_class(optimizer, state_dict)
+    stepped = float(state_dict["param_groups"][0].get("clock", 0.0)) > 0.0
     for group, old in zip(optimizer.param_groups, before, strict=True):
         for key in [k for k in group if not same and k not in CARRIED]:
             del group[key]
@@ -110,10 +111,12 @@ def merge(optimizer: "Optimizer", before: list[dict], state_dict: Mapping[str, A
             for n in (n for n in program.memory if same and n in saved):
                 numbers[n] = torch.tensor(float(saved[n]), dtype=torch.float64, device=p.device)
             optimizer.state[p] = {**numbers, **slots}
+        elif same and stepped and p.requires_grad:
+            optimizer.state[p] = {}  # of an optimizer without any state torch would think that it never stepped
         else:
             optimizer.state.pop(p, None)
         names = {*dtypes, *counters, *program.memory}
-        lost |= names - {*saved} if same and saved else set()
+        lost |= names - {*saved} if same and (saved or (stepped and program.low and p.requires_grad)) else set()
         idle |= {*saved} - names
         arguments |= {*program.arguments, *program.shared}
         wanted, taken = wanted | names, taken | {*slots, *numbers}

@@ -31,7 +31,7 @@ from .options import (
 )
 from .plan import Batch, Kind, Member, Plan, Program, kind_of
 from .scalars import shared
-from .selection import Choice, Choices, Turn, select, turn_of
+from .selection import Choice, Choices, Turn, select, select_tensors, turn_of
 from .transform import Measure, Rule
 from .transforms.decay import last_links
 from .transforms.tap import PixelwiseClip
@@ -80,8 +80,8 @@ class Optimizer(torch.optim.Optimizer):
         self._programs: dict[tuple, Program] = {}
         self._kept: set[str] = set()  # what the first group holds for measures over all tensors
         self.choices = Choices()
-        self._laid: dict[Tensor, tuple[Choices, Turn]] = {}  # what a split's state is laid out for
-        self._known: dict[Tensor, tuple[Choices, Turn, Choice | bool]] = {}  # the last that was asked for
+        self._laid: dict[Tensor, tuple] = {}  # what a split's state is laid out for: what its selection depends on
+        self._known: dict[Tensor, tuple[tuple, Choice | bool]] = {}  # the last that was asked for
         defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
         self._check_values({**defaults, "backend": self.backend})
         super().__init__(params, defaults)
@@ -276,7 +276,7 @@ class Optimizer(torch.optim.Optimizer):
         for n, group in enumerate(groups):
             program, params = (program_of or self.check_group)(group), group["params"]
             turn = turn_of(program.split, group, clock) if program.split else None
-            blocks = self.choices.tensors(turn, n, len(params)) if turn and turn.kind == "blocks" else None
+            blocks = select_tensors(self.choices, turn, n, len(params)) if turn and turn.kind == "blocks" else None
             names = group.get("param_names") or [""] * len(params)
             for j, (p, name) in enumerate(zip(params, names, strict=True)):
                 chosen = turn and (j in blocks if blocks is not None else self._chosen(turn, p, at))
@@ -286,10 +286,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _chosen(self, turn: Turn, p: Tensor, at: int) -> Choice | bool:
         """What a split selects of a parameter."""
-        known = self._known.get(p)
-        if known is None or known[:2] != (self.choices, turn):
-            known = self._known[p] = self.choices, turn, select(self.choices, turn, p, at)
-        return known[2]
+        known, asked = self._known.get(p), (self.choices, turn, at, p.shape)
+        if known is None or known[0] != asked:
+            known = self._known[p] = asked, select(self.choices, turn, p, at)
+        return known[1]
 
     def _make_plan(
         self, program_of: ProgramOf, params: list[Tensor], grads: Sequence[Tensor | None], structure: list
@@ -324,9 +324,12 @@ class Optimizer(torch.optim.Optimizer):
     def _make_state(self, wanted: set[Tensor], clock: float) -> None:
         """Slots of every parameter that is or may be trained: a distributed checkpoint lacks those made later."""
         who = type(self).__name__
-        for whole, program, member in self.seats(self.param_groups, clock):
+        seats = [x for x in self.seats(self.param_groups, clock) if x[2].p in wanted or x[2].p in self.state]
+        for whole, _, member in seats:  # before any state has changed
+            self._check_shape(whole, member.p)
+        for whole, program, member in seats:
             p, group = member.p, self.param_groups[member.group]
-            if member.turn and (p in wanted or p in self.state):
+            if member.turn:
                 self._take_turn(whole, program, member)
             if p not in wanted:
                 continue
@@ -339,26 +342,41 @@ class Optimizer(torch.optim.Optimizer):
             for name in program.scalars.counters:
                 state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float32, device="cpu")
 
+    def _layout(self, member: Member, turn: Turn) -> tuple:
+        """What the layout of a split's state depends on; of a part of a parameter on its place among all, too."""
+        return self.choices, turn, member.at if isinstance(member.chosen, Choice) else None, member.p.shape
+
+    def _check_shape(self, whole: Program, p: Tensor) -> None:
+        """Raise if a split's state is that of another shape."""
+        *_, shape = self._laid.get(p, (p.shape,))
+        if shape != p.shape and whole.low & {*self.state.get(p, ())}:
+            raise ValueError(
+                f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} was {tuple(shape)} when its state was "
+                f"made; delete that: del optimizer.state[p]"
+            )
+
     def _take_turn(self, whole: Program, program: Program, member: Member) -> None:
         """Clear what a split holds of a parameter if that is of another turn; drop it where it doesn't fit."""
         p, state, group = member.p, self.state[member.p], self.param_groups[member.group]
         assert whole.split
         assert member.turn
-        last = (self.choices, turn_of(whole.split, group, max(1.0, self.clock)))
-        anew = self._laid.get(p, last) != (self.choices, member.turn)
+        last = self._layout(member, turn_of(whole.split, group, max(1.0, self.clock)))
+        now = self._layout(member, member.turn)
+        anew = self._laid.get(p, last) != now
         for name in whole.low & {*state}:
             fits = name not in program.slots or state[name].shape == (program.part(name, member.chosen) or p.shape)
             if name not in program.low or (anew and not fits):
                 del state[name]
             elif anew and not whole.split.link.keep:
                 state[name].zero_()  # new memory would cost more than a step
-        self._laid[p] = self.choices, member.turn
+        self._laid[p] = now
 
     @torch.no_grad()
     def init_state(self, step: int = 0) -> None:
         """Make all slots now, laid out as at that step."""
+        check_number(f"{type(self).__name__}.init_state", "step", step, COUNT)
         params = {p for g in self.param_groups for p in g["params"] if p.requires_grad}
-        self._make_state(params, max(1, step))
+        self._make_state(params, max(1.0, float(step)))
         self._plans = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

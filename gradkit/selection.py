@@ -12,7 +12,7 @@ from . import random, sharding
 from .chain import Chain, Placed, Split
 from .chain import chain as make_chain
 from .ops import absolute, where
-from .options import STEPS, Range, check_choice
+from .options import STEPS, Range, brief, check_choice, check_flag
 from .scalars import derived, look, number
 from .transform import Rule, derive, rule
 
@@ -95,16 +95,40 @@ def turn_of(split: Placed, group: Mapping[str, Any], clock: float) -> Turn:
     return Turn(split.link.kind, split.link.order, density, int(refresh), int(group["seed"]))
 
 
+def select_tensors(choices: Choices, turn: Turn, group: int, count: int) -> set[int]:
+    """Which of a group's tensors are selected."""
+    return {*checked(choices, "tensors", choices.tensors(turn, group, count), count).tolist()}
+
+
 def select(choices: Choices, turn: Turn, p: Tensor, index: int) -> Choice | bool:
     """What is selected of one parameter; a tensor without rows and columns is, as a whole."""
-    if sharding.is_sharded(p) or getattr(p, "_is_flat_param", False):
-        how = "sharded" if sharding.is_sharded(p) else "flattened with others"
+    if how := scattered(p):
         raise TypeError(f"parameter {index} is {how}: {turn.kind} of it can't be selected; select 'blocks'")
     if p.dim() < 2 or not p.numel():
         return True
     count = {"columns": p.numel() // p.shape[0], "rows": p.shape[0], "randk": p.numel()}[turn.kind]
-    picks = choices.within(turn, index, count)
+    picks = checked(choices, "within", choices.within(turn, index, count), count)
     return len(picks) == count if len(picks) in (0, count) else Choice(turn.kind, picks, p.shape)
+
+
+def checked(choices: Choices, method: str, given: Any, count: int) -> np.ndarray:
+    """What a class of the user's selects; kernels rely on it."""
+    picks = np.asarray(given)
+    numbers = picks.ndim == 1 and (not picks.size or picks.dtype.kind in "iu")
+    if numbers and (not picks.size or (0 <= picks[0] and picks[-1] < count and (picks[1:] > picks[:-1]).all())):
+        return picks.astype(np.int64, copy=False)
+    raise (ValueError if numbers else TypeError)(
+        f"{type(choices).__name__}.{method} gave {brief(given)}: give whole numbers from 0 to {count - 1}, each once, "
+        f"in ascending order"
+    )
+
+
+def scattered(p: Tensor) -> str:
+    """Why no rank has a tensor's columns, rows and entries as they are; empty if this one does."""
+    if sharding.is_sharded(p):
+        return "sharded"
+    flat = any(getattr(p, mark, False) for mark in ("_is_flat_param", "_fsdp_flattened"))  # use_orig_params=True, too
+    return "flattened with others" if flat else ""
 
 
 @rule
@@ -139,6 +163,7 @@ def split(
     """
     check_choice("split", "selection", selection, KINDS)
     check_choice("split", "block_order", block_order, ORDERS)
+    check_flag("split", "reset_state", reset_state)
     rest = make_chain(nothing if outside is None else outside)
     two = Split(selection, make_chain(inside), rest, block_order, not reset_state)
     ranges = {"density": SHARE, "update_gap": STEPS}

@@ -11,7 +11,7 @@ from torch import Tensor
 import gradkit
 from gradkit import chain, rule
 from gradkit import transforms as tx
-from tests.heads import LastLayers
+from tests.heads import LastLayers, Matrices
 
 CLASSES = (
     gradkit.AdamW,
@@ -23,6 +23,7 @@ CLASSES = (
     gradkit.StableSPAM,
     gradkit.Sophia,
     LastLayers,
+    Matrices,
 )
 HAVE_BETAS = tuple(c for c in CLASSES if c is not LastLayers)
 NAN, INF = math.nan, math.inf
@@ -63,9 +64,11 @@ BETAS: list[tuple[dict[str, Any], type, str]] = [  # of every class that has the
     ({"betas": (0.1, 0.2, 0.3, 0.4)}, ValueError, "betas=(0.1, 0.2, 0.3, 0.4): give "),
     ({"betas": 0.9}, ValueError, "betas=0.9: give "),
 ]
-HAVE_EPS = (gradkit.AdamW, gradkit.DiffGrad, gradkit.AdEMAMix, gradkit.Grokfast, gradkit.SPAM, gradkit.Sophia)
-OF_TWO = (gradkit.AdamW, gradkit.Lion, gradkit.DiffGrad, gradkit.Grokfast, gradkit.SPAM, gradkit.Sophia)
-ONE_UP = "give a whole number >= 1"
+HAVE_EPS = (gradkit.AdamW, gradkit.DiffGrad, gradkit.AdEMAMix, gradkit.Grokfast, gradkit.SPAM, gradkit.Sophia, Matrices)
+OF_TWO = (gradkit.AdamW, gradkit.Lion, gradkit.DiffGrad, gradkit.Grokfast, gradkit.SPAM, gradkit.Sophia, Matrices)
+ONE_UP, SHARE = "give a whole number >= 1", "give a number in [0, 1]"
+KINDS = "use one of 'blocks', 'columns', 'rows', 'randk'"
+ORDERS = "use one of 'random', 'ascending', 'descending', 'mirror'"
 OWN: list[tuple[Any, dict[str, Any], type, str]] = [  # of some classes
     *((c, {"eps": x}, ValueError, f"eps={x}: give a number > 0") for c in HAVE_EPS for x in (0.0, -1e-8, NAN)),
     *((c, {"betas": (0.9, x)}, ValueError, f"betas[1]={x}: {FRACTION}") for c in OF_TWO for x in (1.0, -0.1, NAN)),
@@ -95,6 +98,20 @@ OWN: list[tuple[Any, dict[str, Any], type, str]] = [  # of some classes
     (LastLayers, {"vector_betas": 0.9}, ValueError, "vector_betas=0.9: give 2 numbers"),
     (LastLayers, {"vector_eps": 0.0}, ValueError, "vector_eps=0.0: give a number > 0"),
     (LastLayers, {"betas": (0.9, 0.99)}, TypeError, "unexpected argument betas=(0.9, 0.99)"),
+    *((Matrices, {"density": x}, ValueError, f"density={x}: {SHARE}") for x in (-0.1, 1.5, NAN)),
+    (Matrices, {"density": None}, TypeError, f"density=None: {SHARE}"),
+    *((Matrices, {"update_gap": x}, ValueError, f"update_gap={x}: {ONE_UP}") for x in (0, 1.5, -2)),
+    (Matrices, {"update_gap": None}, TypeError, f"update_gap=None: {ONE_UP}"),
+    (Matrices, {"split": "svd"}, ValueError, f"split='svd': {KINDS}"),
+    (Matrices, {"split": None}, ValueError, f"split=None: {KINDS}"),
+    (Matrices, {"block_order": "up"}, ValueError, f"block_order='up': {ORDERS}"),
+    (Matrices, {"state_free": "adam"}, ValueError, "state_free='adam': use one of 'signsgd', 'sgd', 'none'"),
+    (Matrices, {"base": "sgd"}, ValueError, "base='sgd': use one of 'adamw', 'lion', 'sgdm'; did you mean 'sgdm'?"),
+    (Matrices, {"momentum": 1.0}, ValueError, f"momentum=1.0: {FRACTION}"),
+    (Matrices, {"lr_scale": -1.0}, ValueError, f"lr_scale=-1.0: {NOT_NEGATIVE}"),
+    (Matrices, {"state_free_lr_scale": NAN}, ValueError, f"state_free_lr_scale=nan: {NOT_NEGATIVE}"),
+    (Matrices, {"reset_state": "no"}, TypeError, "reset_state='no': use True or False"),
+    *((gradkit.SPAM, {"density": x}, ValueError, f"density={x}: {SHARE} or None") for x in (2, -0.5, NAN)),
 ]
 NORMS = (tx.clip_by_norm, tx.clip_by_global_norm)
 TRANSFORMS: list[tuple[Any, dict[str, Any], type, str]] = [

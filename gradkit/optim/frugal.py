@@ -14,7 +14,7 @@ from ..ops import sign, where
 from ..optimizer import Optimizer
 from ..options import FRACTION, NOT_NEGATIVE, STEPS, Number, Options, check_choice
 from ..roles import check_role, with_roles
-from ..selection import KINDS, ORDERS, SHARE, every, nothing
+from ..selection import KINDS, ORDERS, SHARE, every, nothing, scattered
 from ..transform import Stage, derive, rule
 from .adamw import adam, adam_scalars
 from .lion import lion, lion_scalars
@@ -130,10 +130,11 @@ class FRUGAL(Optimizer):
 
     def check_parameter(self, p: Tensor, group: Mapping[str, Any]) -> None:
         role, _ = check_role(type(self).__name__, group)
-        if role == "matrix" and group["split"] != "blocks" and p.dim() < 2:
+        how = scattered(p) or ("a vector" if p.dim() < 2 else "")
+        if role == "matrix" and group["split"] != "blocks" and how:
             raise ValueError(
-                f"{type(self).__name__}: a parameter of shape {tuple(p.shape)}, a vector or flattened with others, has "
-                f"no {group['split']} to select: give it another role, or use split='blocks'"
+                f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is {how}, and split={group['split']!r} "
+                f"takes parts of whole matrices: give it another role, or use split='blocks'"
             )
 
     def links(self, group: Mapping[str, Any]) -> Chain:

@@ -1,15 +1,17 @@
 """SPAM: Adam that cuts spikes of the gradient and forgets its momentum. Huang et al. 2025, https://arxiv.org/abs/2501.06842"""
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
 from typing_extensions import Unpack
 
 from ..chain import Chain, Split, chain
 from ..ops import sign, sqrt, where
 from ..optimizer import Optimizer
 from ..options import COUNT, NOT_NEGATIVE, STEPS, Number, Options
-from ..selection import SHARE, nothing
+from ..selection import SHARE, nothing, scattered
 from ..transform import Stage, derive, rule
 from .adamw import adam
 
@@ -118,6 +120,13 @@ class SPAM(Optimizer):
             if group["official_quirks"] and group["density"] is not None:
                 param_group["decay"] = "none"
         super().add_param_group(param_group)
+
+    def check_parameter(self, p: Tensor, group: Mapping[str, Any]) -> None:
+        if group["density"] is not None and (how := scattered(p)):
+            raise ValueError(
+                f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} is {how}, and density="
+                f"{group['density']} takes single entries of whole tensors: use density=None in its group"
+            )
 
     def links(self, group: Any) -> Chain:
         before = [reset_moments] * bool(group["reset_every"]) + [clip_spikes] * bool(group["threshold"])

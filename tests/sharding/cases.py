@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,7 +32,7 @@ from gradkit.transforms import (
     zclip,
 )
 from tests.curvature import EVERY, SquaresOfGradients
-from tests.sharding import gradients, units
+from tests.sharding import gradients, selections, units
 from tests.sharding.units import equal, full, line, near, shard
 from tests.sharding.world import RANKS
 
@@ -47,6 +48,14 @@ def scale(groups: Iterable[dict], **given: Any) -> gradkit.Optimizer:
     return gradkit.SCALE(alone, **given)
 
 
+def frugal(groups: Iterable[dict], **given: Any) -> gradkit.Optimizer:
+    """FRUGAL: three matrices, two of which are selected for two steps each."""
+    (net, beside) = groups
+    parts = [[p for p in net["params"] if (p.dim() > 1) == matrix] for matrix in (True, False)]
+    groups = [{**net, "params": p, "role": role} for p, role in zip(parts, ("matrix", "vector"), strict=True)]
+    return gradkit.FRUGAL([*groups, {**beside, "role": "vector"}], density=0.5, update_gap=2, seed=3, **given)
+
+
 OPTIMIZERS = {
     "AdamW": gradkit.AdamW,
     "Lion": gradkit.Lion,
@@ -58,6 +67,7 @@ OPTIMIZERS = {
     "StableSPAM": partial(gradkit.StableSPAM, reset_every=2),
     "Sophia": partial(SquaresOfGradients, **EVERY),
     "SCALE": scale,
+    "FRUGAL": frugal,
 }
 
 
@@ -121,9 +131,12 @@ def agrees_with_one_process(make: Callable, compare: Callable, _: Path) -> None:
     assert all(torch.equal(here, t) for t in there), "ranks measured different coefficients"
 
 
-def resumes_bitwise(make: Callable, flat: bool, dtype: torch.dtype, folder: Path) -> None:
+def resumes_bitwise(
+    make: Callable, flat: bool, dtype: torch.dtype, folder: Path, sharded: bool = True, at: int = 0
+) -> None:
+    """at: the step whose layout of state is asked for; 0: torch makes the first one's."""
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    straight, stopped, resumed = (Run(make, dtype=dtype) for _ in range(3))
+    straight, stopped, resumed = (Run(make, sharded, dtype) for _ in range(3))
     straight.train(range(5))
     stopped.train(range(3))
     dcp.save(stopped.saved(options), checkpoint_id=folder)
@@ -131,7 +144,9 @@ def resumes_bitwise(make: Callable, flat: bool, dtype: torch.dtype, folder: Path
         for p in resumed.whole.parameters():
             p.add_(1.0)
     before = resumed.values()
-    state = resumed.saved(options)  # here torch makes a dummy step: zero gradients, lr 0
+    if at:
+        resumed.opt.init_state(step=at)
+    state = resumed.saved(options)  # else torch makes a dummy step: zero gradients, lr 0
     equal(before, resumed.values())
     dcp.load(state, checkpoint_id=folder)
     resumed.load(state, options)
@@ -141,6 +156,21 @@ def resumes_bitwise(make: Callable, flat: bool, dtype: torch.dtype, folder: Path
     equal(straight.values(), resumed.values())
     equal(straight.slots(), resumed.slots())
     assert straight.opt.state[straight.net.idle], "a parameter without a gradient has no slots to save"
+
+
+def hidden(params: Iterable[Tensor], **given: Any) -> gradkit.Optimizer:
+    """SCALE of hidden matrices alone, or with a density FRUGAL of them."""
+    return (gradkit.FRUGAL if given else gradkit.SCALE)([{"params": params, "role": "matrix"}], **given)
+
+
+def a_file_of_other_tensors_is_missed(make: Callable, folder: Path) -> None:
+    """Without `init_state` torch asks the file for what the first step selects."""
+    options = StateDictOptions()
+    stopped, resumed = Run(make), Run(make)
+    stopped.train(range(3))
+    dcp.save(stopped.saved(options), checkpoint_id=folder)
+    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: optimizer\.state\..*low_"):
+        dcp.load(resumed.saved(options), checkpoint_id=folder)
 
 
 def resumes_bitwise_in_one_process_and_back(_: Path) -> None:
@@ -238,11 +268,13 @@ def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
         case = partial(gradients.rank_without_a_gradient_holds_up_none, backend)
         yield f"rank_without_a_gradient_holds_up_none {backend}", case
     ring = {"lr": 1e-2, "transforms": [grokfast_ma(window=2, name="slow"), clip_by_norm(0.1)]}
-    kinds = [("AdamW", False), *((name, True) for name in OPTIMIZERS if name not in ("Lion", "Grokfast"))]
+    kinds = [("AdamW", False), *((name, True) for name in OPTIMIZERS if name not in ("Lion", "Grokfast", "FRUGAL"))]
     for name, flat in kinds:  # Lion and Grokfast have no kind of slot that these lack
         case = partial(resumes_bitwise, partial(OPTIMIZERS[name], **ring), flat, torch.float32)
         yield f"resumes_bitwise {name} {'flat' if flat else 'nested'}", case
     for flat in (True, False):
+        one = partial(resumes_bitwise, frugal, flat, torch.float32, at=3)
+        yield f"resumes_bitwise FRUGAL blocks {'flat' if flat else 'nested'}", one
         early = partial(gradkit.AdamW, lr=1e-2, transforms=[zclip(warmup_steps=4, max_grad_norm=0.3)])
         yield f"resumes_bitwise zclip {flat}", partial(resumes_bitwise, early, flat, torch.float32)
     how = {"lr": 1e-2, "weight_decay": 0.1, "decay": "independent", "transforms": [clip_by_global_norm(0.1)]}
@@ -255,12 +287,33 @@ def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
             f"nan_on_one_rank_reaches_all {norm_type}",
             partial(gradients.nan_on_one_rank_reaches_all, norm_type),
         )
+    for split in ("blocks", "columns", "randk"):  # columns and entries are as many in each turn: any layout will do
+        for at in (0, 3) if split != "blocks" else (3,):
+            one = partial(resumes_bitwise, partial(frugal, split=split), at > 0, torch.float32, sharded=False, at=at)
+            yield f"resumes_bitwise FRUGAL {split} plain {at}", one
+        if split != "blocks":
+            one = partial(selections.parts_of_plain_tensors_are_selected_as_in_one_process, split)
+            yield f"parts_of_plain_tensors_are_selected_as_in_one_process {split}", one
+    rows = partial(selections.parts_of_plain_tensors_are_selected_as_in_one_process, "rows")
+    yield "parts_of_plain_tensors_are_selected_as_in_one_process rows", rows
+    yield "a_file_of_other_tensors_is_missed", partial(a_file_of_other_tensors_is_missed, frugal)
+    for backend in BACKENDS:
+        for base in ("adamw", "lion"):
+            one = partial(selections.whole_tensors_are_selected_as_in_one_process, {"base": base, "backend": backend})
+            yield f"whole_tensors_are_selected_as_in_one_process {base} {backend}", one
+    for original in (True, False):
+        one = partial(selections.flat_parameters_are_selected_whole_or_refused, original)
+        yield f"flat_parameters_are_selected_whole_or_refused {original}", one
+    for name, make in (("SCALE", hidden), ("FRUGAL", partial(hidden, density=0.0))):
+        one = partial(selections.an_optimizer_without_state_is_saved_again_as_it_was_loaded, make)
+        yield f"an_optimizer_without_state_is_saved_again_as_it_was_loaded {name}", one
     for law in (
         resumes_bitwise_in_one_process_and_back,
         takes_over_from_torch,
         ring_slots_stay_sharded_at_their_dtype,
         counts_are_those_of_one_process,
         *gradients.LAWS,
+        *selections.LAWS,
         *units.LAWS,
     ):
         yield law.__name__, law

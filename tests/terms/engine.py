@@ -83,7 +83,7 @@ MUTANTS = (
             "[]",
             "test_reference.py::test_maximize_climbs_what_the_reference_descends[lion-native]",
         ),
-        ("Kahan's compensation, native", '}(P_rest[i])"', '}(P_rest[i]) * 0"', law(STALLS, "dtype0", "native")),
+        ("Kahan's compensation, native", '}(P_rest[i]);"', '}(P_rest[i]) * 0;"', law(STALLS, "dtype0", "native")),
         ("stochastic bits, native", 'bits = f"philox(', 'bits = f"0u * philox(', law(STALLS, "dtype0", "native")),
         ("stochastic bits of each step, native", "(uint32_t)clock", "0u", law(STALLS, "dtype0", "native")),
         ("stochastic bits of each tensor, native", "(uint32_t)index", "0u", STORED + "[lion-bfloat16-stochastic]"),

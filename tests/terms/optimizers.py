@@ -8,6 +8,7 @@ BLOCKS = "test_split.py::test_blocks_follow_each_other[{}]"
 CHANCE = "test_split.py::test_the_authors_draw_each_entry_by_itself"
 NO_DECAY = "test_split.py::test_the_authors_density_has_no_decay"
 SLEEPS = "test_split.py::test_a_parameter_without_gradient_at_a_refresh_takes_its_turn"
+PLACE = "test_bad_splits.py::test_a_place_among_all_is_a_part_of_the_selection"
 STATE_AT = "test_split.py::test_another_seed_is_another_selection"
 MEANS = "the_mean_over_samples_is_the_diagonal"
 LABELS = "labels_are_drawn_with_their_probabilities"
@@ -407,7 +408,9 @@ MUTANTS = (
             hostile("frugal_columns"),
         ),
         ("split: what is left is dropped", "if name not in program.low or (anew", "if (anew", ways("kept blocks")),
-        ("split: a sleeping parameter takes its turn", "(p in wanted or p in self.state)", "False", SLEEPS),
-        ("split: what state is laid out for", "self._laid[p] = self.choices, member.turn", "pass", STATE_AT),
+        ("split: a sleeping parameter takes its turn", "if member.turn:", "if False:", SLEEPS),
+        ("split: what state is laid out for", "self._laid[p] = now", "pass", STATE_AT),
+        ("split: a selection of this place", "turn, at, p.shape)", "turn, p.shape)", PLACE),
+        ("split: state of this place", "member.at if isinstance(member.chosen, Choice) else None", "None", PLACE),
     ),
 )
