@@ -40,7 +40,7 @@ class Choices:
         k = round(count * turn.density)
         if turn.order == "random":
             return sorted(np.argsort(keys(turn, group, count), kind="stable")[:k].tolist())
-        if turn.order == "mirror":  # pairs, from the outside to the middle
+        if turn.order == "mirror" and k < count:  # pairs, from the outside to the middle
             if k % 2:
                 raise ValueError(f"block_order='mirror' takes pairs, and density selects {k} of {count}: make it even")
             pairs = [(turn.refresh * k // 2 + j) % (count // 2) for j in range(k // 2)]

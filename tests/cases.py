@@ -104,7 +104,10 @@ def scaled(roles: Mapping[int, tuple[str, int | None]]) -> Callable[..., gradkit
 
     def build(params: Iterable[Any], **given: Any) -> gradkit.Optimizer:
         given.pop("roles", None)
-        groups = [{"params": [p], **dict(zip(("role", "fan_in"), roles[p.dim()], strict=True))} for p in params]
+        groups = [
+            {"params": [p], **dict(zip(("role", "fan_in"), roles.get(p.dim(), ("matrix", 1)), strict=True))}
+            for p in params
+        ]
         return gradkit.SCALE(groups, **given)
 
     return build

@@ -99,6 +99,10 @@ def test_blocks_follow_each_other(order):
         assert chosen[:3] == [[6, 7, 8, 9], [2, 3, 4, 5], [0, 1, 8, 9]]
 
 
+def test_all_are_selected_in_any_order():
+    assert all(Choices().tensors(Turn("blocks", order, 1.0, 1, 0), 0, 5) == [*range(5)] for order in ORDERS)
+
+
 def test_a_density_as_in_the_authors_code():
     """Tensors are rounded, columns, rows and entries cut off."""
     assert len(Choices().tensors(Turn("blocks", "random", 0.4, 0, 0), 0, 4)) == 2

@@ -16,7 +16,7 @@ def filtered(flow, states, *, norm="rms"):
 
 def links(*, roles, momentum=0.9, norm="rms", vector_betas=(0.9, 0.999), vector_eps=1e-8):
     def direction(u, state):
-        role, fan_in = roles[u.ndim]
+        role, fan_in = roles.get(u.ndim, ("matrix", 1))
         if role == "vector":
             b1, b2 = vector_betas
             t = state["t"] = state.get("t", 0) + 1
