@@ -62,14 +62,14 @@ class Split:
     """Two chains for parts of the same tensors: one for what is selected, with state for that alone, one for the rest.
 
     kind: "blocks" (whole tensors), "columns", "rows" or "randk" (single entries). order: of blocks.
-    keep: at a new selection state stays where its shape still fits, and counts go on; else both start fresh.
+    keep: what goes on at a new selection: "nothing", "counts", or "all": state too, if its shape still fits.
 
     Its chain gives `density`, the share that is selected, and `refresh`, the number of the selection.
     """
 
     name, scalars = "split", ("density", "refresh")
 
-    def __init__(self, kind: str, inside: Chain, outside: Chain, order: str = "random", keep: bool = False):
+    def __init__(self, kind: str, inside: Chain, outside: Chain, order: str = "random", keep: str = "nothing"):
         self.kind, self.chains, self.order, self.keep = kind, (inside, outside), order, keep
 
     def place(self, here: "Placed") -> list["Placed"]:

@@ -171,4 +171,5 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
                 part.p, part.residual = part.p.clone(), rest if rest is None else rest.clone()
                 eager.write(part, seen["p"], t)
                 steps[-1] = "write", part.p
+    plan.release()
     return steps

@@ -81,6 +81,7 @@ class Optimizer(torch.optim.Optimizer):
         self._kept: set[str] = set()  # what the first group holds for measures over all tensors
         self.choices = Choices()
         self._laid: dict[Tensor, tuple] = {}  # what a split's state is laid out for: what its selection depends on
+        self._made_for = 0  # the step of `init_state`, until one is made
         self._known: dict[Tensor, tuple[tuple, Choice | bool]] = {}  # the last that was asked for
         defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
         self._check_values({**defaults, "backend": self.backend})
@@ -156,7 +157,7 @@ class Optimizer(torch.optim.Optimizer):
         for name in program.shared:
             self.param_groups[0].setdefault(name, torch.zeros((), dtype=torch.float64))
         self._kept.update(program.shared)
-        self._plans = {}
+        self._drop_plans()
 
     def check_group(self, group: Mapping[str, Any], beside: Iterable[Mapping[str, Any]] = ()) -> Program:
         """The chain that a group runs; raises if it lacks an order, a slot's owner or a scalar, or a value is wrong."""
@@ -208,6 +209,7 @@ class Optimizer(torch.optim.Optimizer):
         counts = self.counts_every and (float(self.param_groups[0].get("clock", 0.0)) + 1) % self.counts_every == 0
         plan = self._fitting(*(("stats", self.counting) if counts else ("step", self.check_group)), grads)
         plan.begin(self.param_groups)
+        self._made_for = 0
         if counts:
             self._counted = stats.Counted.of(plan, self.param_groups)
         self.param_groups[0].setdefault("clock", torch.zeros((), dtype=torch.float64)).add_(1)
@@ -248,10 +250,16 @@ class Optimizer(torch.optim.Optimizer):
         plan = self._plans.get(key)
         now = params, grads, structure, self.param_groups
         if plan is None or not plan.fits(self.state, *now):
+            self._drop_plans([k for k, x in self._plans.items() if k == key or any(x.splits)])
             plan = self._plans[key] = self._make_plan(program_of, params, grads, structure)
             if not plan.fits(self.state, *now):
                 raise RuntimeError(f"{type(self).__name__}: parameters or gradients have no memory to step on")
         return plan
+
+    def _drop_plans(self, keys: Iterable[Any] | None = None) -> None:
+        """Forget these, or all: before new state is made, for they hold the old."""
+        for key in list(self._plans) if keys is None else keys:
+            self._plans.pop(key).release()
 
     def batches(self, grads: Sequence[Tensor | None], program_of: ProgramOf | None = None) -> list[Batch]:
         """The parameters that have a gradient by program, device and dtypes; makes and changes nothing."""
@@ -311,6 +319,9 @@ class Optimizer(torch.optim.Optimizer):
                     f"{g.device}; call zero_grad() after a parameter was replaced"
                 )
         self._check_names(self.param_groups)
+        for held in (self._known, self._laid):  # those that a framework has replaced
+            for p in held.keys() - {*params}:
+                del held[p]
         plan = Plan(self.batches(grads, program_of), params, grads, structure)
         plan.take_turns([program_of(g).split for g in self.param_groups], self.param_groups)
         chosen = [choose(self.backend, batch)[0] for batch in plan.batches]
@@ -327,10 +338,11 @@ class Optimizer(torch.optim.Optimizer):
         seats = [x for x in self.seats(self.param_groups, clock) if x[2].p in wanted or x[2].p in self.state]
         for whole, _, member in seats:  # before any state has changed
             self._check_shape(whole, member.p)
-        for whole, program, member in seats:
-            p, group = member.p, self.param_groups[member.group]
+        for whole, program, member in seats:  # all that goes before what comes
             if member.turn:
                 self._take_turn(whole, program, member)
+        for _, program, member in seats:
+            p, group = member.p, self.param_groups[member.group]
             if p not in wanted:
                 continue
             state = self.state[p]
@@ -363,21 +375,33 @@ class Optimizer(torch.optim.Optimizer):
         last = self._layout(member, turn_of(whole.split, group, max(1.0, self.clock)))
         now = self._layout(member, member.turn)
         anew = self._laid.get(p, last) != now
+        slots, keep = program.low & {*program.slots}, whole.split.link.keep
+        misfits = {n for n in slots & {*state} if state[n].shape != (program.part(n, member.chosen) or p.shape)}
+        stale = {"nothing": program.low, "counts": slots, "all": program.low if misfits else set()}[keep]
         for name in whole.low & {*state}:
-            fits = name not in program.slots or state[name].shape == (program.part(name, member.chosen) or p.shape)
-            if name not in program.low or (anew and not fits):
+            if name not in program.low or (anew and name in misfits):
                 del state[name]
-            elif anew and not whole.split.link.keep:
+            elif anew and name in stale:
                 state[name].zero_()  # new memory would cost more than a step
         self._laid[p] = now
 
     @torch.no_grad()
     def init_state(self, step: int = 0) -> None:
-        """Make all slots now, laid out as at that step."""
+        """Make all slots now, laid out as at that step; 0: the last one's."""
         check_number(f"{type(self).__name__}.init_state", "step", step, COUNT)
         params = {p for g in self.param_groups for p in g["params"] if p.requires_grad}
-        self._make_state(params, max(1.0, float(step)))
-        self._plans = {}
+        self._drop_plans()
+        self._make_state(params, max(1.0, float(step) or self.clock))
+        self._made_for = int(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; state of a selection that the groups' values no longer give goes now, not at the next step."""
+        if self._laid:
+            for whole, program, member in self.seats(self.param_groups, max(1.0, self._made_for or self.clock)):
+                *_, shape = self._laid.get(member.p, (None,))
+                if member.turn and member.p in self.state and shape == member.p.shape:
+                    self._take_turn(whole, program, member)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load and merge: the same class goes on bitwise; from another optimizer, slots of our names are taken."""
@@ -395,15 +419,22 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             first.remove()
             then.remove()
-        self._plans, self._counted, self._laid = {}, None, {}
+        self._drop_plans()
+        self._counted, self._laid = None, {}
+        for _, _, member in self.seats(self.param_groups, max(1.0, self.clock)):  # what is changed now selects anew
+            if member.turn is not None:
+                self._laid[member.p] = self._layout(member, member.turn)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {n: vars(self)[n] for n in ("chain", "transforms", "backend", "choices", "_kept")}
+        ours = {n: vars(self)[n] for n in ("chain", "transforms", "backend", "choices", "_kept", "_laid")}
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_plans" in vars(self):
+            self._drop_plans()
         super().__setstate__(state)
-        self._plans, self._programs, self._checked, self._laid, self._known = {}, {}, [], {}, {}
+        self._plans, self._programs, self._checked, self._known = {}, {}, [], {}
+        self._laid, self._made_for = state.get("_laid", {}), 0
 
     def explain(self) -> str:
         """The plan as text: chain, passes, launches, bytes an element, state bytes, backend and why."""
@@ -417,7 +448,7 @@ class Optimizer(torch.optim.Optimizer):
         if every is not None:
             check_number("stats", "every", every, COUNT)
             self.counts_every, self._counted = int(every), None
-            self._plans.pop("stats", None)
+            self._drop_plans({*self._plans} & {"stats"})
         elif not self.counts_every:
             raise RuntimeError(
                 f"{type(self).__name__}.stats: nothing is counted; call stats(every=100) before training"

@@ -371,6 +371,7 @@ class Plan:
         self.missing = [g is None for g in grads]
         self.reductions = order(batches)
         self.sharded = any(map(sharding.is_sharded, params))  # also those without a gradient on this rank
+        self.splits: list[Placed | None] = []
         self.turns: list[Turn | None] = []
 
     def attach(self, state: Mapping[Tensor, dict], first: dict[str, Any]) -> None:
@@ -381,6 +382,13 @@ class Plan:
             reduction.attach(first)
         self.state = everything(state)
         self.shared = {n: first[n] for b in self.batches for n in b.program.shared}
+
+    def release(self) -> None:
+        """Let go of the state at once: a batch and its backend hold each other, which keeps both for a while."""
+        self.state = []
+        for batch in self.batches:
+            batch.slots = {}
+            vars(batch).pop("backend", None)
 
     def take_turns(self, splits: Sequence[Placed | None], groups: Sequence[Mapping[str, Any]]) -> None:
         """Remember what is selected in each group."""

@@ -165,7 +165,7 @@ def split(
     check_choice("split", "block_order", block_order, ORDERS)
     check_flag("split", "reset_state", reset_state)
     rest = make_chain(nothing if outside is None else outside)
-    two = Split(selection, make_chain(inside), rest, block_order, not reset_state)
+    two = Split(selection, make_chain(inside), rest, block_order, "nothing" if reset_state else "all")
     ranges = {"density": SHARE, "update_gap": STEPS}
     numbers: Any = {"density": density, "update_gap": update_gap}
     return make_chain(two, derive=every, name="split", ranges=ranges, **numbers).named(name)

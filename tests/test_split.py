@@ -1,7 +1,9 @@
 """A split: what is selected, on every backend and in every storage; turns, resets, resuming; its own counters."""
 
 import copy
+import gc
 import io
+import weakref
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import gradkit
+from gradkit import sharding
 from gradkit import transforms as tx
 from gradkit.backends import ccache, csource
 from gradkit.optim.adamw import adam
@@ -361,6 +364,95 @@ def test_a_users_choices(kind):
     assert all((m.numpy() == x).all() for m, x in zip(moved, expected, strict=True))
 
 
+@pytest.fixture
+def slots_made(monkeypatch):
+    """Of each slot made since: a reference, and how many there were then."""
+    made_: list[weakref.ref] = []
+    peaks: list[int] = []
+    plain = sharding.slot
+
+    def slot(*given: Any) -> torch.Tensor:
+        made_.append(weakref.ref(new := plain(*given)))
+        peaks.append(alive(made_))
+        return new
+
+    monkeypatch.setattr(sharding, "slot", slot)
+    gc.disable()  # what lives until it runs is held
+    yield made_, peaks
+    gc.enable()
+
+
+def alive(references: list[weakref.ref]) -> int:
+    return sum(x() is not None for x in references)
+
+
+@pytest.mark.parametrize("counting", [0, 2])
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_old_selections_state_goes_before_the_new_is_made(counting, kept, slots_made):
+    """Plans hold state, and what counted a step holds its plan: a second one would outlive a few refreshes."""
+    ever, peaks = slots_made
+    params = drawn((6, 10), (4, 4), (8, 8))
+    optimizer = made("columns", params, reset_state=not kept)
+    if counting:
+        optimizer.stats(every=counting)
+    run(optimizer, params, range(6))
+    optimizer.param_groups[0]["split.density"] = 0.6
+    run(optimizer, params, range(6, 12))
+    assert max(peaks) == 6 and len(ever) == 12
+    for p in params:
+        optimizer.trace(p)  # of a step that selects anew
+    assert alive(ever) == 6
+
+
+def test_old_blocks_go_before_new_ones_come(slots_made):
+    params = drawn(*[(4, 4)] * 6)
+    optimizer = gradkit.FRUGAL(
+        [{"params": params, "role": "matrix"}], density=0.5, update_gap=2, block_order="descending"
+    )
+    run(optimizer, params, range(6))
+    assert len(slots_made[0]) == 18 and max(slots_made[1]) == 6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_that_were_replaced_are_let_go(backend):
+    params = drawn((6, 10), (4, 4))
+    optimizer = made("columns", params, backend=backend)
+    optimizer.explain()
+    old = weakref.ref(params[0])
+    optimizer.param_groups[0]["params"][0] = params[0] = drawn((6, 10))[0]
+    run(optimizer, params, range(1))
+    assert old() is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_spams_moments_belong_to_their_entries(backend):
+    """Also where a parameter has no gradient at the reset, and where the seed changes between two."""
+    params = drawn((6, 10), (4, 4))
+    optimizer = gradkit.SPAM(params, density=0.5, reset_every=3, backend=backend)
+    run(optimizer, params, range(2))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    params[1].grad = None
+    optimizer.step()
+    state = optimizer.state[params[1]]
+    assert not state["low_exp_avg"].any() and float(state["low_step"]) == 2
+    optimizer.param_groups[0]["seed"] = 5
+    params[0].grad.zero_()
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    assert not state["low_exp_avg"].any() and float(state["low_step"]) == 4
+
+
+def test_a_count_without_its_moments_starts_again():
+    """It would switch the bias corrections off: three times the steps."""
+    params = drawn((6, 10))
+    optimizer = made("columns", params, reset_state=False)
+    run(optimizer, params, range(2))
+    optimizer.param_groups[0]["split.density"] = 0.6
+    run(optimizer, params, range(2, 3))
+    assert float(optimizer.state[params[0]]["low_step"]) == 1
+
+
 # ---- saving, looking, counting
 
 
@@ -388,6 +480,48 @@ def test_going_on_is_not_stopping(kind, how, at):
     for p, q in zip(params, others, strict=True):
         assert torch.equal(p, q) and optimizer.state[p].keys() == other.state[q].keys()
         assert all(torch.equal(x, other.state[q][n]) for n, x in optimizer.state[p].items())
+
+
+@each_kind
+@pytest.mark.parametrize("how", ["deepcopy", "file"])
+@pytest.mark.parametrize("key", ["seed", "split.density", "split.update_gap"])
+@pytest.mark.parametrize("changed", ["before", "after"])
+def test_values_changed_around_a_save_select_anew_as_without_it(kind, how, key, changed):
+    """Else moments would go on in other places, or not load."""
+    shapes = ((6, 10), (4, 4), (5,), (3, 7), (10, 10))
+    value, runs = {"seed": 7, "split.density": 0.8, "split.update_gap": 1}[key], []
+    for stopping in (True, False):
+        params = drawn(*shapes)
+        optimizer = made(kind, params)
+        run(optimizer, params, range(2))
+        if changed == "before":
+            optimizer.param_groups[0][key] = value
+        if stopping:
+            optimizer, params = copied(optimizer, params, how, kind)
+        if changed == "after":
+            optimizer.param_groups[0][key] = value
+        run(optimizer, params, range(2, 5))
+        runs.append([*params, *(x for p in params for _, x in sorted(optimizer.state[p].items()))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_slots_made_in_the_middle_are_those_that_are_there():
+    params = drawn((6, 10))
+    optimizer = made("columns", params)
+    run(optimizer, params, range(5))
+    before = {n: x.clone() for n, x in optimizer.state[params[0]].items()}
+    optimizer.init_state()
+    assert all(torch.equal(x, before[n]) for n, x in optimizer.state[params[0]].items())
+
+
+def test_a_file_of_slots_made_for_a_step_has_them():
+    """As a distributed checkpoint asks for them before it loads; also after other steps."""
+    params = drawn((6, 10))
+    for steps in (0, 2):
+        optimizer = made("columns", params)
+        run(optimizer, params, range(steps))
+        optimizer.init_state(step=7)
+        assert optimizer.state_dict()["state"][0].keys() == {"low_exp_avg", "low_exp_avg_sq", "low_step"}
 
 
 @each_kind

@@ -153,6 +153,5 @@ class FRUGAL(Optimizer):
             return base
         inside = chain(base, chain(rescaled, derive=inside_scale))
         outside = chain(STATE_FREE[group["state_free"]], derive=outside_scale)
-        return chain(
-            Split(group["split"], inside, outside, group["block_order"], not group["reset_state"]), derive=every
-        )
+        keep = "nothing" if group["reset_state"] else "all"
+        return chain(Split(group["split"], inside, outside, group["block_order"], keep), derive=every)

@@ -134,4 +134,4 @@ class SPAM(Optimizer):
         if group["density"] is None:
             return whole
         order = "bernoulli" if group["official_quirks"] else "random"
-        return chain(Split("randk", whole, chain(nothing), order, keep=True), derive=with_reset)
+        return chain(Split("randk", whole, chain(nothing), order, keep="counts"), derive=with_reset)

@@ -403,7 +403,7 @@ MUTANTS = (
         "optimizer.py",
         (
             "split: state starts fresh",
-            "elif anew and not whole.split.link.keep:",
+            "elif anew and name in stale:",
             "elif False:",
             hostile("frugal_columns"),
         ),
