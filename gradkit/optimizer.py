@@ -1,6 +1,7 @@
 """Optimizer: groups, state, loading, closure; runs a plan."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -396,11 +397,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; state of a selection that the groups' values no longer give goes now, not at the next step."""
+        seats: list[tuple[Program, Program, Member]] = []
         if self._laid:
-            for whole, program, member in self.seats(self.param_groups, max(1.0, self._made_for or self.clock)):
-                *_, shape = self._laid.get(member.p, (None,))
-                if member.turn and member.p in self.state and shape == member.p.shape:
-                    self._take_turn(whole, program, member)
+            with suppress(Exception):  # a wrong value is told by the step
+                seats = list(self.seats(self.param_groups, max(1.0, self._made_for or self.clock)))
+        for whole, program, member in seats:
+            *_, shape = self._laid.get(member.p, (None,))
+            if member.turn and member.p in self.state and shape == member.p.shape:
+                self._take_turn(whole, program, member)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
