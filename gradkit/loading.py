@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from . import sharding
+from .chain import Placed
+from .selection import Turn, turn_of
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -39,7 +41,11 @@ def pairs(optimizer: "Optimizer", state_dict: Mapping[str, Any]) -> Iterator[Sav
         final.append({**group, **taken, "params": group["params"]})
         keys += saved["params"]
     clock = max(1.0, float(final[0].get("clock", 0.0)))  # the last step's
-    for (whole, program, member), key in zip(optimizer.seats(final, clock), keys, strict=True):
+
+    def laid_out_for(split: Placed, group: Mapping[str, Any]) -> Turn:
+        return Turn(*group["turn"]) if "turn" in group else turn_of(split, group, clock)
+
+    for (whole, program, member), key in zip(optimizer.seats(final, laid_out_for), keys, strict=True):
         yield Saved(member, final[member.group], whole, program, state_dict["state"].get(key, {}))
 
 

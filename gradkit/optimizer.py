@@ -1,8 +1,8 @@
 """Optimizer: groups, state, loading, closure; runs a plan."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +38,8 @@ from .transforms.decay import last_links
 from .transforms.tap import PixelwiseClip
 
 ProgramOf = Callable[[Mapping[str, Any]], Program]  # of a group
-BOOKKEEPING = ("params", "param_names", "clock", "lr_ref", "algorithm")
+TurnOf = Callable[[Placed, Mapping[str, Any]], Turn]  # of a split, in a group
+BOOKKEEPING = ("params", "param_names", "clock", "lr_ref", "algorithm", "turn")
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -81,8 +82,7 @@ class Optimizer(torch.optim.Optimizer):
         self._programs: dict[tuple, Program] = {}
         self._kept: set[str] = set()  # what the first group holds for measures over all tensors
         self.choices = Choices()
-        self._laid: dict[Tensor, tuple] = {}  # what a split's state is laid out for: what its selection depends on
-        self._made_for = 0  # the step of `init_state`, until one is made
+        self._laid: dict[Tensor, tuple] = {}  # what a split's state is laid out for, beside the turn in its group
         self._known: dict[Tensor, tuple[tuple, Choice | bool]] = {}  # the last that was asked for
         defaults = {"lr": lr, "weight_decay": weight_decay, **own, **IN_GROUPS, **given}
         self._check_values({**defaults, "backend": self.backend})
@@ -210,7 +210,6 @@ class Optimizer(torch.optim.Optimizer):
         counts = self.counts_every and (float(self.param_groups[0].get("clock", 0.0)) + 1) % self.counts_every == 0
         plan = self._fitting(*(("stats", self.counting) if counts else ("step", self.check_group)), grads)
         plan.begin(self.param_groups)
-        self._made_for = 0
         if counts:
             self._counted = stats.Counted.of(plan, self.param_groups)
         self.param_groups[0].setdefault("clock", torch.zeros((), dtype=torch.float64)).add_(1)
@@ -265,7 +264,7 @@ class Optimizer(torch.optim.Optimizer):
     def batches(self, grads: Sequence[Tensor | None], program_of: ProgramOf | None = None) -> list[Batch]:
         """The parameters that have a gradient by program, device and dtypes; makes and changes nothing."""
         members: dict[Kind, list[Member]] = {}
-        for _, program, member in self.seats(self.param_groups, self.clock + 1, program_of):
+        for _, program, member in self.seats(self.param_groups, partial(turn_of, clock=self.clock + 1), program_of):
             if (g := grads[member.at]) is not None:
                 self.check_parameter(member.p, self.param_groups[member.group])
                 kind = kind_of(program, member.p, g, self.param_groups[member.group])
@@ -278,13 +277,13 @@ class Optimizer(torch.optim.Optimizer):
         return float(self.param_groups[0].get("clock", 0.0))
 
     def seats(
-        self, groups: Sequence[Mapping[str, Any]], clock: float, program_of: ProgramOf | None = None
+        self, groups: Sequence[Mapping[str, Any]], of_split: TurnOf, program_of: ProgramOf | None = None
     ) -> Iterator[tuple[Program, Program, Member]]:
-        """Each parameter, with its group's program and what that is for it in the step that `clock` counts."""
+        """Each parameter, with its group's program and what that is for it in a turn of the split."""
         at = 0
         for n, group in enumerate(groups):
             program, params = (program_of or self.check_group)(group), group["params"]
-            turn = turn_of(program.split, group, clock) if program.split else None
+            turn = of_split(program.split, group) if program.split else None
             blocks = select_tensors(self.choices, turn, n, len(params)) if turn and turn.kind == "blocks" else None
             names = group.get("param_names") or [""] * len(params)
             for j, (p, name) in enumerate(zip(params, names, strict=True)):
@@ -336,7 +335,8 @@ class Optimizer(torch.optim.Optimizer):
     def _make_state(self, wanted: set[Tensor], clock: float) -> None:
         """Slots of every parameter that is or may be trained: a distributed checkpoint lacks those made later."""
         who = type(self).__name__
-        seats = [x for x in self.seats(self.param_groups, clock) if x[2].p in wanted or x[2].p in self.state]
+        seats = list(self.seats(self.param_groups, partial(turn_of, clock=clock)))
+        seats = [x for x in seats if x[2].p in wanted or x[2].p in self.state]
         for whole, _, member in seats:  # before any state has changed
             self._check_shape(whole, member.p)
         for whole, program, member in seats:  # all that goes before what comes
@@ -344,6 +344,8 @@ class Optimizer(torch.optim.Optimizer):
                 self._take_turn(whole, program, member)
         for _, program, member in seats:
             p, group = member.p, self.param_groups[member.group]
+            if member.turn:
+                group["turn"] = tuple(member.turn)
             if p not in wanted:
                 continue
             state = self.state[p]
@@ -354,10 +356,6 @@ class Optimizer(torch.optim.Optimizer):
                 state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float64, device=p.device)
             for name in program.scalars.counters:
                 state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float32, device="cpu")
-
-    def _layout(self, member: Member, turn: Turn) -> tuple:
-        """What the layout of a split's state depends on; of a part of a parameter on its place among all, too."""
-        return self.choices, turn, member.at if isinstance(member.chosen, Choice) else None, member.p.shape
 
     def _check_shape(self, whole: Program, p: Tensor) -> None:
         """Raise if a split's state is that of another shape."""
@@ -373,9 +371,8 @@ class Optimizer(torch.optim.Optimizer):
         p, state, group = member.p, self.state[member.p], self.param_groups[member.group]
         assert whole.split
         assert member.turn
-        last = self._layout(member, turn_of(whole.split, group, max(1.0, self.clock)))
-        now = self._layout(member, member.turn)
-        anew = self._laid.get(p, last) != now
+        now = self.choices, member.at if isinstance(member.chosen, Choice) else None, p.shape
+        anew = tuple(group.get("turn", member.turn)) != member.turn or self._laid.get(p, now) != now
         slots, keep = program.low & {*program.slots}, whole.split.link.keep
         misfits = {n for n in slots & {*state} if state[n].shape != (program.part(n, member.chosen) or p.shape)}
         stale = {"nothing": program.low, "counts": slots, "all": program.low if misfits else set()}[keep]
@@ -393,19 +390,6 @@ class Optimizer(torch.optim.Optimizer):
         params = {p for g in self.param_groups for p in g["params"] if p.requires_grad}
         self._drop_plans()
         self._make_state(params, max(1.0, float(step) or self.clock))
-        self._made_for = int(step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch; state of a selection that the groups' values no longer give goes now, not at the next step."""
-        seats: list[tuple[Program, Program, Member]] = []
-        if self._laid:
-            with suppress(Exception):  # a wrong value is told by the step
-                seats = list(self.seats(self.param_groups, max(1.0, self._made_for or self.clock)))
-        for whole, program, member in seats:
-            *_, shape = self._laid.get(member.p, (None,))
-            if member.turn and member.p in self.state and shape == member.p.shape:
-                self._take_turn(whole, program, member)
-        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load and merge: the same class goes on bitwise; from another optimizer, slots of our names are taken."""
@@ -425,20 +409,16 @@ class Optimizer(torch.optim.Optimizer):
             then.remove()
         self._drop_plans()
         self._counted, self._laid = None, {}
-        for _, _, member in self.seats(self.param_groups, max(1.0, self.clock)):  # what is changed now selects anew
-            if member.turn is not None:
-                self._laid[member.p] = self._layout(member, member.turn)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = {n: vars(self)[n] for n in ("chain", "transforms", "backend", "choices", "_kept", "_laid")}
+        ours = {n: vars(self)[n] for n in ("chain", "transforms", "backend", "choices", "_kept")}
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_plans" in vars(self):
             self._drop_plans()
         super().__setstate__(state)
-        self._plans, self._programs, self._checked, self._known = {}, {}, [], {}
-        self._laid, self._made_for = state.get("_laid", {}), 0
+        self._plans, self._programs, self._checked, self._laid, self._known = {}, {}, [], {}, {}
 
     def explain(self) -> str:
         """The plan as text: chain, passes, launches, bytes an element, state bytes, backend and why."""

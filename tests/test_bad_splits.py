@@ -216,9 +216,10 @@ def test_a_slot_that_was_edited_is_refused():
 def test_a_file_that_lacks_the_state_of_what_is_selected_says_so(caplog):
     params = drawn((4, 6), (4, 6))
     full, empty = (frugal(params, density=density) for density in (1.0, 0.0))
+    step(full)
     step(empty)
-    file = empty.state_dict()
-    file["param_groups"][0]["density"] = 1.0
+    file = full.state_dict()
+    file["state"] = {}
     full.load_state_dict(file)
     (record,) = caplog.records
     assert record.getMessage() == "FRUGAL: the state dict lacks low_exp_avg, low_exp_avg_sq, low_step: it starts fresh"
