@@ -124,11 +124,12 @@ def thinned(density: float, reset_every: int, **arguments: Any) -> Links:
     """SPAM on a part of the entries: where it isn't selected, a matrix stands still."""
 
     def direction(u: Any, state: Any) -> Any:
-        chosen = selected("randk", state["clock"] // reset_every, state["at"], state["shapes"], density)
+        number = state["clock"] // reset_every
+        chosen = selected("randk", number, state["at"], state["shapes"], density)
         inner = state.setdefault("inner", {})
-        inner["clock"] = state["clock"]
-        if state["clock"] % reset_every == 0:
+        if number != inner.setdefault("number", number):  # also where the gradient was missing at the reset
             inner.update(m=np.zeros(chosen.sum()), v=np.zeros(chosen.sum()))
+        inner.update(clock=state["clock"], number=number)
         out = np.zeros_like(u)
         if chosen.any():
             out[chosen] = spam.direction(u[chosen], inner, reset_every=reset_every, zero_variance=False, **arguments)

@@ -98,7 +98,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     about = f"gradkit-{gradkit.__version__}.dist-info/"
     package = {p.relative_to(ROOT) for p in (ROOT / "gradkit").rglob("*.py")}
     package |= {"gradkit" / p.relative_to(ROOT) for p in (ROOT / "triton_kernels").glob("*.py")}
-    package |= {Path("gradkit/py.typed"), Path("gradkit/backends/prelude.h")}
+    package |= {Path("gradkit/py.typed"), *(Path("gradkit/backends", f"{name}.h") for name in ("prelude", "split"))}
     assert {name for name in made if not name.startswith(about)} == {p.as_posix() for p in package}
     assert made[about + "top_level.txt"].split() == [b"gradkit"]
     assert about + "licenses/LICENSE" in made
