@@ -22,11 +22,11 @@ test: $(VENV)/with-dev $(VENV)/with-docs ## all tests
 	$(pytest) tests --ignore=tests/triton
 	$(MAKE) test-triton
 
-# Two processes, since Triton reads TRITON_INTERPRET when it is imported. One that collects nothing fails.
+# Two runs, since Triton reads TRITON_INTERPRET when it is imported. One that collects nothing fails.
 test-triton: $(VENV)/with-dev ## rules and steps through Triton, without a GPU: interpreted, then compiled
 ifeq ($(shell uname),Linux)
-	TRITON_INTERPRET=1 $(pytest) tests/triton $(ONLY)
-	env -u TRITON_INTERPRET $(pytest) tests/triton $(ONLY)
+	TRITON_INTERPRET=1 $(pytest) tests/triton -n 2 $(ONLY)
+	env -u TRITON_INTERPRET $(pytest) tests/triton -n 2 $(ONLY)
 else
 	@echo "Triton has wheels for Linux only: nothing is tested here"
 endif
