@@ -19,7 +19,7 @@ demo: $(VENV)/with-dev ## train one small model with each optimizer; prints a ta
 	$(python) examples/demo.py
 
 test: $(VENV)/with-dev $(VENV)/with-docs ## all tests
-	$(pytest) tests --ignore=tests/triton
+	$(pytest) tests --ignore=tests/triton -n 2 --dist loadfile
 	$(MAKE) test-triton
 
 # Two runs, since Triton reads TRITON_INTERPRET when it is imported. One that collects nothing fails.

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from typing import Any
 
 import pytest
@@ -176,8 +177,8 @@ def snapshot(optimizer: Any, params: list[Tensor]) -> str:
 
 
 def shown(x: Any) -> str:
-    """An id for a case."""
-    return getattr(x, "__name__", str(x)[:60])
+    """An id for a case, the same in each process."""
+    return getattr(x, "__name__", re.sub(r" at 0x\w+", "", str(x))[:60])
 
 
 def of_classes(cases: list[Any], of_betas: list[Any]) -> Any:
