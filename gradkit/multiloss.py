@@ -190,8 +190,6 @@ def nearest(gram: Tensor, c: Tensor, w: Tensor) -> Tensor:
     b, square = gram.mean(-1), gram.diagonal()
     slope = b[:, None] - b
     length = square[:, None] + square - 2 * gram  # |g_i - g_j|^2
-    alike = length <= NEAR_ZERO**2
-    length = torch.where(alike, 1.0, length)
     bend = c * c * length - slope * slope  # not above 0: the slope wins all along the line
     bent = bend > 0
     aside = torch.where(bent, slope / torch.sqrt(length * torch.where(bent, bend, 1.0)), 0.0)
@@ -202,7 +200,7 @@ def nearest(gram: Tensor, c: Tensor, w: Tensor) -> Tensor:
         along = along[:, None] - along
         deep = (now - along * along / length).clamp(min=0)
         move = torch.where(bent, -along / length - aside * torch.sqrt(deep), to_end)  # from j to i
-        move = torch.minimum(torch.maximum(move, -w[:, None]), w).masked_fill(alike, 0.0)
+        move = torch.minimum(torch.maximum(move, -w[:, None]), w)
         then = (length * move * move + 2 * along * move + now).clamp(min=0)
         best = (slope * move + c * (torch.sqrt(then) - torch.sqrt(now))).argmin().view(1)
         by = move.view(-1)[best]

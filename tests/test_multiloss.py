@@ -445,11 +445,10 @@ def test_a_graph_that_no_later_loss_needs_is_freed_at_once():
 
 def test_a_gradient_that_autograd_gives_twice_is_no_ones_twice():
     """Of a sum both terms get the same tensor."""
-    a, b, c = (nn.Parameter(torch.ones(3)) for _ in range(3))
-    gradkit.backward([(a + b + c).square().sum(), (a + b).sum()], [a, b, c], PCGrad())
-    addresses = {p.grad.data_ptr() for p in (a, b, c)}
-    a.grad.zero_()
-    assert len(addresses) == 3 and b.grad.all() and c.grad.all()
+    params = [nn.Parameter(torch.ones(3)) for _ in range(4)]
+    a, b, _, _ = params
+    gradkit.backward([sum(params).square().sum(), (a + b).sum()], params, PCGrad())
+    assert len({p.grad.data_ptr() for p in params}) == 4
 
 
 @pytest.mark.parametrize("name", ["PCGrad", "CAGrad"])

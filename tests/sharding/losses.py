@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gradkit
 from gradkit import multiloss
-from tests.sharding.units import near
+from tests.sharding.units import near, shard
 from tests.sharding.world import RANKS
 
 
@@ -51,4 +53,13 @@ def losses_are_combined_as_in_one_process(_: Path) -> None:
         assert all(torch.equal(mine, other) for other in everyones)
 
 
-LAWS = (losses_are_combined_as_in_one_process,)
+def sharded_parameters_are_refused(_: Path) -> None:
+    p = nn.Parameter(shard(torch.ones(4, 2), Shard(0)))
+    with pytest.raises(TypeError, match=r"backward: a parameter of shape \(4, 2\) is sharded"):
+        gradkit.backward([p.sum(), p.square().sum()], [p], multiloss.PCGrad())
+
+
+LAWS = (
+    sharded_parameters_are_refused,
+    losses_are_combined_as_in_one_process,
+)
