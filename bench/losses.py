@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model: shows that it runs")
     quick = parser.parse_args().quick
-    width, layers, rows = (64, 2, 8) if quick else (1024, 8, 512)
+    width, layers, rows = (64, 2, 8) if quick else (1024, 8, 256)
     for tasks in (2, 3):
         torch.manual_seed(0)
         net, x = Net(width, layers, tasks), torch.randn(rows, width)

@@ -325,9 +325,10 @@ def check_grads(who: str, grads: Sequence[Sequence[Tensor | None]]) -> None:
                 f"{who}: grads[{i}] has {len(row)} gradients, grads[0] {len(grads[0])}; "
                 f"give one or None for each parameter"
             )
-        for j, g in enumerate(row):
+    for j, column in enumerate(zip(*grads, strict=True)):
+        first = next((g for g in column if g is not None), None)
+        for i, g in enumerate(column):
             checked(f"{who}: grads[{i}][{j}]", g)
-            first = next((other[j] for other in grads if other[j] is not None), None)
             if g is not None and first is not None and g.shape != first.shape:
                 raise ValueError(
                     f"{who}: grads[{i}][{j}] has the shape {tuple(g.shape)}, another task's {tuple(first.shape)}; "

@@ -616,6 +616,7 @@ G = torch.ones(2)
         ([], ValueError, "PCGrad: grads has 0 tasks; give two or more"),
         ([[G]], ValueError, "PCGrad: grads has 1 tasks"),
         ([G, G], TypeError, "PCGrad: grads=.*give a list of each task"),
+        ([[G, None], [G]], ValueError, r"grads\[1\] has 1 gradients, grads\[0\] 2"),
         ([[G], [G, G]], ValueError, r"grads\[1\] has 2 gradients, grads\[0\] 1; give one or None for each"),
         ([[G], [torch.ones(3)]], ValueError, r"grads\[1\]\[0\] has the shape \(3,\), another task's \(2,\)"),
         ([[G], [1.0]], TypeError, r"grads\[1\]\[0\] is 1.0; give a tensor or None"),

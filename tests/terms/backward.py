@@ -27,7 +27,6 @@ PCGRAD, CAGRAD = (
     losses("cagrad_is_the_references", "3", "0.5", "1"),
 )
 ORDERS = losses("orders_are_permutations_that_follow_from_seed_and_call")
-OWN = losses("the_trunk_is_combined_and_heads_get_their_own_gradient", "PCGrad")
 MUTANTS = (
     *rows(
         "transforms/tap.py",
