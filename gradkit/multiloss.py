@@ -20,8 +20,8 @@ __all__ = ["CAGrad", "PCGrad"]
 Order = Sequence[Sequence[int]]
 Rows = list[list[Tensor | None]]  # of each task, of each parameter
 
-PIECES = {"cpu": 1 << 16}  # elements of all tasks whose products are formed at once: what fits a cache
-PIECE = 1 << 19  # elsewhere: few launches, 12 MB of copies
+PIECES = {"cpu": 1 << 17}  # elements of all tasks whose products are formed at once: what fits a cache
+PIECE = 1 << 19  # elsewhere: few launches, 4 MB of copies
 BUCKET = 1 << 22  # elements that ranks average in one message
 NEAR_ZERO = 1e-8  # of a gradient's usual norm: rounding in float32
 
@@ -366,10 +366,18 @@ def gramian(rows: Rows) -> Tensor:
     columns = [vectors(column) for column in zip(*rows, strict=True) if numel(column)]
     device = columns[0][0].device if columns else torch.device("cpu")
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-    room = PIECES.get(device.type, PIECE) // len(rows)
-    for pack in packs([column[0] for column in columns], max(1, room)):
-        tasks = [torch.cat([columns[i][t][start:stop] for i, start, stop in pack]) for t in range(len(rows))]
-        x = torch.stack(tasks).double()
+    wide: dict[torch.device, Tensor] = {}
+    room = max(1, PIECES.get(device.type, PIECE) // len(rows))
+    for pack in packs([column[0] for column in columns], room):
+        on = columns[pack[0][0]][0].device
+        if on not in wide:
+            wide[on] = torch.empty(len(rows), room, dtype=torch.float64, device=on)
+        end = 0
+        for i, start, stop in pack:
+            begin, end = end, end + stop - start
+            for row, vector in zip(wide[on], columns[i], strict=True):
+                row[begin:end].copy_(vector[start:stop])
+        x = wide[on][:, :end]
         total += (x @ x.T).to(device)
     return total
 
