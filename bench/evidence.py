@@ -1,6 +1,6 @@
 """What each paper claims, at a size that runs on two cores (`make evidence`).
 
-    python bench/evidence.py [--only diffgrad grokfast ademamix spikes memory]
+    python bench/evidence.py [--only diffgrad grokfast ademamix spikes memory pcgrad]
 
 Each row is saved to bench/results/evidence.* as soon as it is done, so a stopped run goes on with --only. A row has a
 gate, set before the run and looser than what was seen when the experiment was chosen; one that isn't met is reported
@@ -30,6 +30,7 @@ from gradkit.transforms import zclip
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import language_model  # noqa: E402  (lies beside the examples, which train the same model)
+import pcgrad_two_tasks  # noqa: E402
 import small_memory  # noqa: E402
 import survive_spikes  # noqa: E402
 import text  # noqa: E402
@@ -372,6 +373,38 @@ def memory(cap: int | None) -> Row:
     return {"title": title, "setting": setting, "table": table, "gates": met, "word": word, "draw": draw}
 
 
+# PCGrad (arXiv 2001.06782) and CAGrad (arXiv 2110.14048): the example's problem in two dimensions.
+
+
+def pcgrad(cap: int | None) -> Row:
+    """Two tasks in conflict: their sum follows one of them, PCGrad finds a place that is good for both."""
+    steps, results = min(pcgrad_two_tasks.STEPS, cap or pcgrad_two_tasks.STEPS), pcgrad_two_tasks.runs()
+    table = [["", "task 1", "task 2", "sum", "steps in conflict"]]
+    for run in results:
+        run.go(steps)
+        share = "-" if run.method is None else f"{run.conflicts:.0%}"
+        table.append([run.name, *(f"{x:.1f}" for x in (*run.losses, sum(run.losses))), share])
+    both, surgery, _ = (run.losses for run in results)
+    met = {
+        f"PCGrad: both losses < -50 ({surgery[0]:.1f}, {surgery[1]:.1f})": max(surgery) < -50,
+        f"the sum leaves task 2 > 20 ({both[1]:.1f})": both[1] > 20,
+    }
+    setting = (
+        f"float64, from {pcgrad_two_tasks.START}, {steps:,} steps of torch's Adam at lr {pcgrad_two_tasks.LR}; "
+        "deterministic: with two tasks PCGrad's order doesn't matter"
+    )
+    word = (
+        "A problem made for the method: logarithms, whose gradients grow without bound near each task's own solution. "
+        "It shows what projecting does, not that it helps a network. The paper's lr is 0.001, with 500,000 steps."
+    )
+
+    def draw(out: Path) -> str:
+        return pcgrad_two_tasks.draw(results, out)
+
+    title = "PCGrad and CAGrad: two tasks in conflict"
+    return {"title": title, "setting": setting, "table": table, "gates": met, "word": word, "draw": draw}
+
+
 VERDICT = {True: "met", False: "NOT MET", None: "not judged, capped"}
 ROWS: dict[str, Callable[[int | None], Row]] = {
     "diffgrad": diffgrad,
@@ -379,6 +412,7 @@ ROWS: dict[str, Callable[[int | None], Row]] = {
     "ademamix": ademamix,
     "spikes": spikes,
     "memory": memory,
+    "pcgrad": pcgrad,
 }
 
 

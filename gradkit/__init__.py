@@ -15,9 +15,10 @@
 | `Optimizer` | your own chain of rules, measures and transforms | |
 """
 
-from . import estimators, losses, ops, transforms
+from . import estimators, losses, multiloss, ops, transforms
 from .chain import Chain, chain
 from .language import RuleError, fn
+from .multiloss import backward
 from .optim.adamw import AdamW
 from .optim.ademamix import AdEMAMix
 from .optim.diffgrad import DiffGrad
@@ -52,12 +53,14 @@ __all__ = [
     "Sophia",
     "StableSPAM",
     "Stage",
+    "backward",
     "chain",
     "derive",
     "estimators",
     "fn",
     "losses",
     "measure",
+    "multiloss",
     "ops",
     "param_groups",
     "roles",

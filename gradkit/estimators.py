@@ -1,11 +1,12 @@
 """Estimates of the Hessian's diagonal, for Sophia. Liu et al. 2023, https://arxiv.org/abs/2305.14342"""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from .graph import check_loss, nodes, tensors
 from .options import STEPS, brief, builtin, check_choice, check_number
 from .plan import compute_dtype
 
@@ -70,8 +71,8 @@ def hutchinson(
     """
     check_number("hutchinson", "samples", samples, STEPS)
     check_choice("hutchinson", "distribution", distribution, DISTRIBUTIONS)
-    params = tensors(params)
-    check_loss(loss)
+    params = tensors("hutchinson", params)
+    check_loss("hutchinson", "loss", loss)
     found = [torch.zeros_like(p, dtype=compute_dtype(p.dtype)) for p in params]
     trained = [(p, total) for p, total in zip(params, found, strict=True) if p.requires_grad]
     live = [p for p, _ in trained]
@@ -100,39 +101,9 @@ def hutchinson(
     return found
 
 
-def tensors(params: Iterable[Tensor | tuple[str, Tensor]]) -> list[Tensor]:
-    """The parameters, of whichever form optimizers take."""
-    if isinstance(params, Tensor | Mapping | str) or not isinstance(params, Iterable):
-        raise TypeError(f"hutchinson: params={brief(params)}: give a list of tensors, or model.parameters()")
-    found = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in params]
-    for i, p in enumerate(found):
-        if not isinstance(p, Tensor):
-            raise TypeError(
-                f"hutchinson: params[{i}] is {brief(p)}; give tensors or (name, tensor) pairs; an optimizer's are "
-                f"[p for group in optimizer.param_groups for p in group['params']]"
-            )
-    if not found:
-        raise ValueError("hutchinson: params is empty; an iterator such as model.parameters() can be read only once")
-    return found
-
-
-def check_loss(loss: Tensor) -> None:
-    """Raise if this is nothing that could go backward."""
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"hutchinson: loss={brief(loss)}: give the tensor, not its item()")
-    if loss.numel() != 1:
-        raise ValueError(f"hutchinson: loss has the shape {tuple(loss.shape)}; give one number, its mean() or sum()")
-
-
 def compiled(loss: Tensor) -> bool:
     """Whether a part of its graph is torch.compile's, of which a second derivative is an error, or zeros in silence."""
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
-    return any(type(node).__name__ == "CompiledFunctionBackward" for node in seen)
+    return any(type(node).__name__ == "CompiledFunctionBackward" for node in nodes(loss))
 
 
 @contextmanager

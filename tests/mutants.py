@@ -22,7 +22,7 @@ import torch._dynamo
 from tests.terms import Mutant, backward, engine, optimizers, transforms
 
 ROOT = Path(__file__).parent.parent
-NEEDED = ("gradkit", "tests", "triton_kernels", "pyproject.toml")
+NEEDED = ("gradkit", "tests", "bench", "triton_kernels", "pyproject.toml")
 MUTANTS = (*optimizers.MUTANTS, *transforms.MUTANTS, *backward.MUTANTS, *engine.MUTANTS)
 WORKERS = min(2, os.cpu_count() or 1)
 

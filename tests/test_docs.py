@@ -213,7 +213,7 @@ def test_a_printed_signature_is_the_real_one(name, printed):
 
 def test_every_public_callable_has_its_signature_on_a_page():
     wanted = {f"gradkit.{n}" for n in gradkit.__all__ if callable(getattr(gradkit, n)) and n not in NOT_CALLED}
-    for module in (gradkit.transforms, gradkit.losses, gradkit.estimators):
+    for module in (gradkit.transforms, gradkit.losses, gradkit.estimators, gradkit.multiloss):
         wanted |= {f"{module.__name__}.{n}" for n in module.__all__}
     assert wanted - signatures(PAGES).keys() == set()
 
@@ -247,6 +247,7 @@ def test_every_public_name_stands_in_the_docs():
         *gradkit.__all__,
         *gradkit.transforms.__all__,
         *gradkit.losses.__all__,
+        *gradkit.multiloss.__all__,
         *gradkit.options.Options.__annotations__,
     ]
     wanted += [m.name for m in gradkit.Stage] + list(gradkit.ops.OPS) + list(gradkit.options.DECAYS)

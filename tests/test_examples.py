@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("AdamW", "AdEMAMix", "DiffGrad", "Lion")
-ROWS = ("diffgrad", "grokfast", "ademamix", "spikes", "memory")
+ROWS = ("diffgrad", "grokfast", "ademamix", "spikes", "memory", "pcgrad")
 THRIFTY = ("AdamW", "FRUGAL", "FRUGAL, density 0", "SCALE", "SCALE, momentum 0", "torch.optim.SGD")
 SURVIVORS = ("AdamW, norm clip", "AdamW, zclip", "AdamW, spike clip", "SPAM", "StableSPAM")
 
@@ -226,3 +226,13 @@ def test_committed_evidence_has_every_row_judged() -> None:
     for row in rows.values():
         assert row["title"] in page and None not in row["gates"].values()
         assert "picture" not in row or (ROOT / "bench" / "results" / row["picture"]).stat().st_size > 20_000
+
+
+def test_two_tasks_go_three_ways_and_are_drawn(tmp_path: Path) -> None:
+    output = run(tmp_path, "examples/pcgrad_two_tasks.py", "--steps", "300")
+    rows = re.findall(r"^(\S.*?) {2,}(-?[\d.]+) +(-?[\d.]+) +(-?[\d.]+) +(\d+%|-)$", output, re.MULTILINE)
+    ways = {name: (float(one), float(two), share) for name, one, two, _, share in rows}
+    assert list(ways) == ["sum of losses", "PCGrad", "CAGrad"], output
+    assert ways["sum of losses"] != ways["PCGrad"] != ways["CAGrad"]
+    assert ways["sum of losses"][2] == "-" and int(ways["PCGrad"][2].rstrip("%")) > 5
+    assert_drawn(tmp_path / "pcgrad_two_tasks.png", output)

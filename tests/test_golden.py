@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gradkit
+from gradkit.multiloss import CAGrad, PCGrad
 from tests.cases import BACKENDS, BY_NAME, CASES, Case
 from tests.reference import frugal, pixelwise_clip, sophia, vanishing_gradient_penalty
 from tests.reference.trajectory import Run
@@ -27,7 +28,16 @@ LEFT_OUT = ("density_param_idx", "bs", "hess_order", "coord_choice")  # no argum
 RUNS = [(case.name, file) for case in CASES for file in case.golden if not file.startswith("tx_")]
 ZCLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_zclip")]
 AGC = "tx_agc__clip0.1"
-OTHERS = ("tx_pgc__nhwc", "tx_pascanu_reg__transcribed")  # no part of a step: the last tests
+PCGRADS = (
+    "tx_pcgrad__torch_2task_mean",
+    "tx_pcgrad__torch_3task_multihead",
+    "tx_pcgrad__torch_4task_allconflict_seed1",
+)
+CAGRADS = {
+    "tx_cagrad__toy2_c0.5": ({"c": 0.5, "rescale": 2}, 1e-4),
+    "tx_cagrad__nyuv2_3task_rescale1": ({"c": 0.5}, 1e-3),
+}
+OTHERS = ("tx_pgc__nhwc", "tx_pascanu_reg__transcribed", *PCGRADS, *CAGRADS)  # no part of a step: the last tests
 CLIPS = [(case.name, file) for case in CASES for file in case.golden if file.startswith("tx_clip")]
 SCALES = {
     "scale__default": {"lr": 1e-3},
@@ -342,3 +352,27 @@ def test_frugal_without_the_quirk_starts_sgd_as_torch_does():
     expected = replay(plain, theirs, golden.steps("grad")[:gap])
     for ours, those in zip(seen, expected, strict=True):
         torch.testing.assert_close(ours[-1], those[-1])
+
+
+@pytest.mark.parametrize("file", PCGRADS)
+def test_pcgrad_is_the_ports_with_its_orders(file):
+    """Each entry is a parameter, since in one run some have a gradient of a part of the tasks."""
+    arrays = Golden(file).arrays
+    given = [
+        [torch.tensor(g) if has else None for g, has in zip(*row, strict=True)]
+        for row in zip(arrays["grads"], arrays["has_grad"], strict=True)
+    ]
+    ours = PCGrad().combine(given, arrays["orders"].tolist())
+    values = np.array([0.0 if g is None else g.item() for g in ours], np.float32)  # the port makes zeros of None
+    relative = tolerance("golden", torch.float32)
+    np.testing.assert_allclose(values, arrays["out"], rtol=0, atol=relative * np.abs(arrays["out"]).max())
+    assert [g is None for g in ours] == [not any(has) for has in arrays["has_grad"].T]
+
+
+@pytest.mark.parametrize("file", CAGRADS)
+def test_cagrad_is_the_authors_within_what_their_solvers_reach(file):
+    arguments, within = CAGRADS[file]
+    arrays = Golden(file).arrays
+    (ours,) = CAGrad(**arguments).combine([[torch.tensor(g)] for g in arrays["grads"]])
+    np.testing.assert_allclose(ours.numpy(), arrays["out"], rtol=0, atol=within)
+    assert np.abs(ours.numpy() - arrays["grads"].mean(0)).max() > 0.1

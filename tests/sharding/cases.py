@@ -32,7 +32,7 @@ from gradkit.transforms import (
     zclip,
 )
 from tests.curvature import EVERY, SquaresOfGradients
-from tests.sharding import gradients, selections, units
+from tests.sharding import gradients, losses, selections, units
 from tests.sharding.units import equal, full, line, near, shard
 from tests.sharding.world import RANKS
 
@@ -314,6 +314,7 @@ def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
         counts_are_those_of_one_process,
         *gradients.LAWS,
         *selections.LAWS,
+        *losses.LAWS,
         *units.LAWS,
     ):
         yield law.__name__, law

@@ -1,4 +1,4 @@
-"""The terms of what acts beside the step: on a tensor in backward, and as a loss."""
+"""The terms of what acts beside the step: on a tensor in backward, as a loss, and on several losses."""
 
 from tests.terms import rows
 
@@ -18,6 +18,15 @@ def penalty(nonlinearity: str = "tanh", squared: bool = False) -> str:
     return f"test_losses.py::test_penalty_and_gradient_are_the_references[{nonlinearity}-{squared}]"
 
 
+def losses(name: str, *parameters: str) -> str:
+    return f"test_multiloss.py::test_{name}" + (f"[{'-'.join(parameters)}]" if parameters else "")
+
+
+PCGRAD, CAGRAD = (
+    losses("pcgrad_is_the_references", "3", "mean", "dtype0"),
+    losses("cagrad_is_the_references", "3", "0.5", "1"),
+)
+ORDERS = losses("orders_are_permutations_that_follow_from_seed_and_call")
 MUTANTS = (
     *rows(
         "transforms/tap.py",
@@ -81,6 +90,126 @@ MUTANTS = (
             "enabled=False",
             "enabled=True",
             "test_losses.py::test_small_gradients_of_half_precision_are_seen_under_autocast[dtype1]",
+        ),
+    ),
+    *rows(
+        "multiloss.py",
+        (
+            "PCGrad: only what conflicts",
+            "(dot < 0) & (square > 0)",
+            "square > 0",
+            losses("gradients_without_conflict_are_averaged", "PCGrad"),
+        ),
+        ("PCGrad: projection", "mix = mix - back[..., None] * own[j]", "mix = mix - 0 * own[j]", PCGRAD),
+        ("PCGrad: the running vector", "dot = (mix * gram[..., j, :])", "dot = (own * gram[..., j, :])", PCGRAD),
+        (
+            "PCGrad: the other's own norm",
+            "back = torch.where((dot < 0) & (square > 0), dot / square,",
+            "back = torch.where((dot < 0) & (square > 0), dot / gram.diagonal().mean(),",
+            PCGRAD,
+        ),
+        (
+            "PCGrad: a task without gradient",
+            "(dot < 0) & (square > 0)",
+            "dot <= 0",
+            losses("a_task_without_gradient_hinders_none", "PCGrad"),
+        ),
+        ("PCGrad: mean", 'return total / tasks if self.reduction == "mean" else total', "return total", PCGRAD),
+        (
+            "PCGrad: sum",
+            'return total / tasks if self.reduction == "mean" else total',
+            "return total / tasks",
+            losses("pcgrad_is_the_references", "3", "sum", "dtype0"),
+        ),
+        (
+            "PCGrad: the sum where a task lacks a gradient",
+            'return tasks if self.reduction == "mean" else 1',
+            "return 1",
+            losses("a_parameter_that_some_task_lacks_gets_the_sum"),
+        ),
+        ("PCGrad: by tensor", 'granularity == "tensor"', "False", losses("pcgrad_by_tensor_is_the_references_of_each")),
+        ("PCGrad: another order in each call", "self.calls, 0, self.seed", "0, 0, self.seed", ORDERS),
+        ("PCGrad: seed", "self.calls, 0, self.seed", "self.calls, 0, 0", ORDERS),
+        ("PCGrad: calls are counted", "self.calls += 1", "pass", losses("a_resumed_run_draws_on", "state_dict")),
+        (
+            "PCGrad: calls are resumed",
+            'self.calls = int(state["calls"])',
+            "pass",
+            losses("a_resumed_run_draws_on", "state_dict"),
+        ),
+        ("CAGrad: radius", "total = start + c / (norm + NEAR_ZERO) * w", "total = start + c * w", CAGRAD),
+        ("CAGrad: c", "c = self.c * torch.sqrt(", "c = torch.sqrt(", CAGRAD),
+        ("CAGrad: rescale", "(1.0, 1 + self.c**2, 1 + self.c)", "(1.0, 1.0, 1.0)", CAGRAD),
+        ("CAGrad: rounds", "1 if tasks == 2 else 8 * tasks", "1", CAGRAD),
+        ("CAGrad: the bend of the norm", "- aside * torch.sqrt(deep)", "", CAGRAD),
+        (
+            "CAGrad: the simplex",
+            "torch.minimum(torch.maximum(move, -w[:, None]), w)",
+            "move",
+            losses("no_other_direction_within_reach_gives_cagrads_worst_task_more", "8"),
+        ),
+        (
+            "CAGrad: whatever the scale",
+            "gram = gram / torch.where(usual > 0, usual, 1.0)",
+            "pass",
+            losses("scaled_gradients_give_the_scaled_result", "1e-15", "CAGrad"),
+        ),
+        ("backward: heads are found", "> 1]", "> 0]", losses("gradients_accumulate", "CAGrad")),
+        (
+            "backward: shared",
+            "if shared is None:",
+            "if True:",
+            losses("shared_says_what_is_combined_and_the_rest_gets_the_sum"),
+        ),
+        ("backward: the scaler", "scaler.scale(loss)", "loss", losses("a_scaler_scales_the_losses", "PCGrad")),
+        (
+            "backward: a graph that is done with",
+            "retain_graph=keep",
+            "retain_graph=i + 1 < len(losses)",
+            losses("a_graph_that_no_later_loss_needs_is_freed_at_once"),
+        ),
+        ("backward: added", "p.grad += g", "p.grad = g", losses("gradients_accumulate", "PCGrad")),
+        (
+            "backward: tensors of their own",
+            "total = having[0].clone()",
+            "total = having[0]",
+            losses("a_gradient_that_autograd_gives_twice_is_no_ones_twice"),
+        ),
+        (
+            "backward: memory",
+            "                row[i] = None\n        self.calls",
+            "                pass\n        self.calls",
+            losses("memory_is_a_trunk_of_gradients_for_each_task"),
+        ),
+        (
+            "combination: rounded once",
+            "compute_dtype(first.dtype)",
+            "first.dtype",
+            losses("half_precision_is_float32_rounded_once", "PCGrad", "dtype0"),
+        ),
+        (
+            "inner products: one layout",
+            "g.permute(dims).reshape(-1)",
+            "g.permute(sorted(range(g.dim()), key=g.stride)).reshape(-1)",
+            losses("elements_meet_whatever_their_layout"),
+        ),
+        (
+            "inner products: every piece",
+            "start, free = stop, free - (stop - start)",
+            "start, free = len(parts[i]), free - (stop - start)",
+            losses("large_tensors_are_read_in_pieces"),
+        ),
+        (
+            "ranks: mean",
+            ".div_(dist.get_world_size())",
+            "",
+            "sharding/test_sharding.py::test_on_two_ranks[losses_are_combined_as_in_one_process]",
+        ),
+        (
+            "ranks: before the method",
+            "average([*of_trunk, *of_rest])",
+            "average(of_rest)",
+            "sharding/test_sharding.py::test_on_two_ranks[losses_are_combined_as_in_one_process]",
         ),
     ),
 )
