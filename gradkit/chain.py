@@ -101,6 +101,11 @@ class Side(NamedTuple):
     selected: bool
     whole: bool = False  # the other one runs on none of a program's tensors
 
+    @property
+    def prefix(self) -> str:
+        """Of what the state calls the split's slots and counters."""
+        return self.split.chain.prefix or "low_"
+
 
 class Placed(NamedTuple):
     """A link at its place in a chain."""
@@ -113,8 +118,8 @@ class Placed(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        """Of what it owns; in a split, of its counters too."""
-        return (self.side.split.chain.prefix or "low_") + self.chain.prefix if self.side else self.chain.prefix
+        """Of what it owns."""
+        return self.side.prefix + self.chain.prefix if self.side else self.chain.prefix
 
     @property
     def partial(self) -> bool:
@@ -128,7 +133,7 @@ class Placed(NamedTuple):
 
     def counter(self, name: str) -> str:
         """What the state calls a counter of its chain: a split has its own, for a new selection starts them."""
-        return f"{self.side.split.chain.prefix or 'low_'}{name}" if self.side else name
+        return self.side.prefix + name if self.side else name
 
     @property
     def label(self) -> str:

@@ -96,6 +96,11 @@ def shared(piece: Placed, groups: Sequence[Mapping[str, Any]], clock: float) -> 
                 f"it alike in every group"
             )
     group = next((g for g in groups if any(key in g for key in keys)), groups[0])
+    return uncounted(piece, group, clock)
+
+
+def uncounted(piece: Placed, group: Mapping[str, Any], clock: float) -> list[float]:
+    """What a link asks for that is no parameter's own: without counters."""
     made = derived(piece, group, {}, clock)
     return [number(piece, n, made[n] if n in made else look(piece, n, group, {}, clock)) for n in piece.link.scalars]
 

@@ -13,7 +13,7 @@ from .chain import Chain, Placed, Split
 from .chain import chain as make_chain
 from .ops import absolute, where
 from .options import STEPS, Range, brief, check_choice, check_flag
-from .scalars import derived, look, number
+from .scalars import uncounted
 from .transform import Rule, derive, rule
 
 KINDS = ("blocks", "columns", "rows", "randk")
@@ -89,9 +89,7 @@ class Choice:
 
 def turn_of(split: Placed, group: Mapping[str, Any], clock: float) -> Turn:
     """The turn of a group in the step that `clock` counts."""
-    made = derived(split, group, {}, clock)
-    values = (number(split, n, made[n] if n in made else look(split, n, group, {}, clock)) for n in split.link.scalars)
-    density, refresh = values
+    density, refresh = uncounted(split, group, clock)
     return Turn(split.link.kind, split.link.order, density, int(refresh), int(group["seed"]))
 
 

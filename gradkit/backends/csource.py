@@ -185,10 +185,7 @@ def source(kind: "Kind", ps: "Pass") -> str:
                 scratch=" ".join(f"{c} G_{r}[{PART} + 16];" for r, (c, _) in held.items()),
                 gather=" ".join(f"pack_{c}(P_{r}, bits, places, m, n, G_{r});" for r, (_, c) in held.items()),
                 shadow=" ".join(f"const {c} *P_{r} = G_{r};" for r, (c, _) in held.items()),
-                body="\n      ".join(
-                    loads([*(r for r in wanted if r != "rest"), *(r for r in roles if r in low)])
-                    + links(kind, before + inside)
-                ),
+                body="\n      ".join(loads([*wanted, *(r for r in roles if r in low)]) + links(kind, before + inside)),
                 stores=" ".join(stored(n) for n in ps.stores if f"s_{n}" in low),
             )
         )
@@ -208,16 +205,9 @@ def source(kind: "Kind", ps: "Pass") -> str:
         f"({STORAGE[d][0]} *)pointers[{j} * tensors + t] + {at}"
         for j, (d, at) in enumerate(zip(roles.values(), starts, strict=True))
     ]
-    more = [
-        "const T *H",
-        "const T *M",
-        "const T *R",
-        "double *out",
-        "uint64_t element",
-        "int64_t clock",
-        "int64_t index",
-    ]
-    signature = ", ".join([*names, *more, "int64_t seed", "const uint64_t *bits", "const long step", "long n"])
+    tables = "const T *H, const T *M, const T *R, double *out"
+    place = "uint64_t element, int64_t clock, int64_t index, int64_t seed"
+    signature = ", ".join([*names, tables, place, "const uint64_t *bits, const long step, long n"])
     places = {name: i for i, name in enumerate(JOB)}
 
     def span(**how: Any) -> str:
