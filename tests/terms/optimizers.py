@@ -358,7 +358,7 @@ MUTANTS = (
             ways("quirks"),
         ),
         ("FRUGAL: only matrices are split", 'role == "matrix", group', "True, group", hostile("frugal_columns")),
-        ("FRUGAL: state that stays", 'not group["reset_state"]), derive', "False), derive", ways("kept")),
+        ("FRUGAL: state that stays", '"nothing" if group["reset_state"] else "all"', '"nothing"', ways("kept")),
     ),
     *rows(
         "selection.py",
