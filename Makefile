@@ -18,7 +18,7 @@ help: ## list the targets
 demo: $(VENV)/with-dev ## train one small model with each optimizer; prints a table, draws demo.png
 	$(python) examples/demo.py
 
-test: $(VENV)/with-dev $(VENV)/with-docs ## all tests
+test: $(VENV)/with-dev $(VENV)/with-docs $(VENV)/with-lightning $(VENV)/with-transformers ## all tests
 	$(pytest) tests --ignore=tests/triton -n 2 --dist loadfile
 	$(MAKE) test-triton
 
