@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import sharding
-from .backends import choose
+from .backends import Native, choose
 from .backends.eager import Eager
+from .backends.native import passes_of
 
 if TYPE_CHECKING:
     from .chain import Placed
@@ -44,8 +45,13 @@ def block(optimizer: "Optimizer", batches: "list[Batch]") -> list[str]:
         lines.append("  chain: " + flow(batch.program.pieces))
         if batch.choices:
             lines.append(f"  split: {batch.choices[0].kind}, {selected(batch)} elements selected")
-        lines += [f"  pass {k}: {one_pass(batch, ps)}" for k, ps in enumerate(passes, 1)]
-        count: int | str = len(passes) if elements else 0
+        alone = [ps for ps, _ in passes_of(batch)] if backend is Native else passes
+        cached = ["" if ps in alone else ", read with the next pass" for ps in passes]
+        lines += [
+            f"  pass {k}: {one_pass(batch, ps)}{note}"
+            for k, (ps, note) in enumerate(zip(passes, cached, strict=True), 1)
+        ]
+        count: int | str = len(alone) if elements else 0
         if issubclass(backend, Eager):
             count = f"{len(batch.owners)} x {count} {backend.name}"
         lines.append(f"  launches: {count}; {sum(moved(batch, ps) for ps in passes):.3g} bytes an element")

@@ -216,6 +216,8 @@ class Batch:
         self.excluded = [kind.program.excluding(groups[x.group], x.name) for x in members]
         self.program, self.device, self.dtype, self.gdtype, slots, self.rounding, self.detour = kind
         self.slot_dtypes = dict(zip(self.program.slots, slots, strict=True))
+        axis = self.program.axis
+        self.units = [Units(0, 0, 0) if axis is None else units_of(sharding.local(p), axis) for p in self.owners]
         self.cells: dict[int, list[float]] = {}  # of each measure over all tensors, what its `finish` asks for
         self.sharded = any(map(sharding.is_sharded, self.owners))  # a placement that can't be stepped raised by now
 
@@ -239,8 +241,7 @@ class Batch:
         self.shared: dict[int, Tensor] = {}  # of each measure over all tensors, what it keeps
         columns = len(self.program.scalars.measured)
         self.measured = torch.zeros(len(self.owners), max(1, columns), dtype=self.compute, device=self.device)
-        axis, columns = self.program.axis, len(self.program.scalars.by_unit)
-        self.units = [Units(0, 0, 0) if axis is None else units_of(p, axis) for p in self.params]
+        columns = len(self.program.scalars.by_unit)
         self.first_unit = [0, *accumulate(x.number for x in self.units)]
         self.unit_owner = torch.repeat_interleave(torch.tensor([x.number for x in self.units])).to(self.device)
         lengths = [n // max(1, x.number) for n, x in zip(self.sizes, self.units, strict=True)]

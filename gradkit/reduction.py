@@ -44,16 +44,18 @@ class Reduction:
         """Reduce, complete over shards, and give the results to the batches."""
         if not sharded and measured(self.parts):
             return
+        mine = [(b, ps) for b, ps in self.parts if b.backend.takes(ps)]
+        if not mine:
+            return
         by_unit, over_all = self.link.scope in AXES, self.link.scope == "all"
-        parts = [b.backend.reduce(ps) for b, ps in self.parts]
+        parts = [b.backend.reduce(ps) for b, ps in mine]
         if self.counts:  # the last column
             parts = [
-                torch.cat((x, b.unit_numel if by_unit else b.numel), 1)
-                for x, (b, _) in zip(parts, self.parts, strict=True)
+                torch.cat((x, b.unit_numel if by_unit else b.numel), 1) for x, (b, _) in zip(parts, mine, strict=True)
             ]
         if sharded:
             totals = torch.zeros(len(params), parts[0].shape[1], dtype=torch.float64, device=parts[0].device)
-            places = [cut(b, by_unit) for b, _ in self.parts]
+            places = [cut(b, by_unit) for b, _ in mine]
             for (index, at), part in zip(places, parts, strict=True):
                 totals[index] = part[at].to(totals.device)
             sharding.complete(totals, [*self.link.reduce.values(), *["sum"] * self.counts], params)
@@ -66,10 +68,10 @@ class Reduction:
             values = self.finish(torch.cat([x.to(device) for x in parts]), [*self.kept, *cells])
             for cell, value in zip(self.kept, values[len(self.link.gives) :], strict=True):
                 cell.copy_(value)
-            given = [values[: len(self.link.gives)]] * len(self.parts)
+            given = [values[: len(self.link.gives)]] * len(mine)
         else:
-            given = [self.finish(x, cells_of(b, ps)) for x, (b, ps) in zip(parts, self.parts, strict=True)]
-        for (batch, ps), values in zip(self.parts, given, strict=True):
+            given = [self.finish(x, cells_of(b, ps)) for x, (b, ps) in zip(parts, mine, strict=True)]
+        for (batch, ps), values in zip(mine, given, strict=True):
             scalars = batch.program.scalars
             table, names = (batch.by_unit, scalars.by_unit) if by_unit else (batch.measured, scalars.measured)
             for name, value in zip(self.link.gives, values, strict=False):

@@ -6,7 +6,7 @@ import torch
 import gradkit
 from gradkit import chain, measure, rule
 from gradkit import transforms as tx
-from gradkit.backends import csource
+from gradkit.backends import csource, native
 from gradkit.ops import absolute, maximum, sqrt, where
 from tests.cases import BACKENDS
 from tests.runs import ran_on
@@ -127,6 +127,32 @@ def test_tensors_of_a_batch_keep_their_rows_apart(scope, backend):
     for kind, p, x in zip(kinds, params, wanted, strict=True):
         torch.testing.assert_close(p.detach().double(), x, rtol=2e-5, atol=2e-5, msg=kind)
     assert len(optimizer._plans["step"].batches) == 1
+
+
+APART = [*KINDS, "empty", "no row", "transposed convolution", "many rows"]  # a box holds their units
+
+
+@each_scope
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {}), (torch.float64, {"maximize": True}), (torch.bfloat16, {"rounding": "kahan"})],
+    ids=str,
+)
+def test_the_last_pass_measures_units_that_a_box_holds_to_the_same_bits(dtype, options, scope, monkeypatch):
+    together, params, _ = stepped("native", scope, APART, dtype, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "passes_of", lambda batch: [(ps, None) for ps in batch.program.passes])
+        apart, others, _ = stepped("native", scope, APART, dtype, **options)
+    passes = [sorted(x._plans["step"].batches[0].backend.passes) for x in (together, apart)]
+    assert [len(x) for x in passes] == [3, 4] and {*passes[1]} - {*passes[0]} == {3}
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+@each_scope
+def test_a_batch_with_a_unit_in_several_boxes_measures_in_a_pass_of_its_own(scope):
+    optimizer, *_ = stepped("native", scope, ["matrix", f"long {scope}s"], torch.float32)
+    assert len(optimizer._plans["step"].batches[0].backend.passes) == 4
+    assert "read with the next pass" not in optimizer.explain()
 
 
 @each_backend

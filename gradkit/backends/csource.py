@@ -1,6 +1,7 @@
 """A pass as C text: the rules' own expressions, one after the other, in one loop over the elements of a block."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..plan import Kind, Pass
 
 PRELUDE = Path(__file__).with_name("prelude.h").read_text()
+OPERATIONS = "FN" + PRELUDE.partition("define IN_T")[2].partition("FN")[2].partition("/* ---- storage")[0]
 SPLIT = Path(__file__).with_name("split.h").read_text()
 STORAGE = {
     torch.float32: ("float", "f32"),
@@ -26,8 +28,9 @@ STORAGE = {
 # what `run` is given, one int64 each, in this order
 JOB = tuple(
     "pointers blocks first last size row H columns M measured R units out place tensors threads".split()
-    + "random clock bits low".split()
+    + "random clock bits low wide".split()
 )
+PLACES = {name: i for i, name in enumerate(JOB)}
 BLOCK = 1 << 16
 PART = 1 << 9  # of a split at once: while one is computed the next is fetched; 4K take twice the time
 
@@ -37,7 +40,9 @@ void run(const int64_t *job) {{
   const int64_t *units = (void *)job[{units}], *place = (void *)job[{place}], *blocks = (void *)job[{blocks}];
   const int64_t *bits = (void *)job[{bits}], *low = (void *)job[{low}];
   const int32_t *row = (void *)job[{row}];
-  const T *H = (void *)job[{H}], *M = (void *)job[{M}], *R = (void *)job[{R}];
+  const T *H = (void *)job[{H}], *M = (void *)job[{M}];
+  const double *wide = (void *)job[{wide}];
+  T *R = (void *)job[{R}];
   double *out = (void *)job[{out}];
   const long tensors = job[{tensors}], columns = job[{columns}], measured = job[{measured}];
   const int threads = job[{threads}];
@@ -47,7 +52,7 @@ void run(const int64_t *job) {{
   }}
 }}
 """
-SPAN = """span({arguments}, H + row[t] * columns, M + t * measured, {given}, out + {into},
+SPAN = """{name}({arguments}, H + row[t] * columns, M + t * measured, {given}, out + {into},
       random[3 * t] + start, job[{clock}], random[3 * t + 1], random[3 * t + 2], {words}, {step}, {n});"""
 # BLOCK consecutive elements of a tensor
 CHUNK = """const long t = blocks[2 * b], start = blocks[2 * b + 1] * {BLOCK}, left = size[t] - start;
@@ -61,12 +66,13 @@ PARTS = """const long t = blocks[2 * b], begin = blocks[2 * b + 1] * {BLOCK};
       first += count((uint64_t *)bits[t] + start / 64, n);
     }}"""
 # a box of a tensor's units, each `inner` consecutive elements in each of `outer` places
-BOX = """const int64_t *at = blocks + 4 * b, *of = units + 7 * at[0];
+CORNER = """const int64_t *at = blocks + 4 * b, *of = units + 7 * at[0];
     const long t = at[0], count = of[2], inner = of[3];
     const long o_end = at[1] + of[4] < of[1] ? at[1] + of[4] : of[1];
     const long u_end = at[2] + of[5] < count ? at[2] + of[5] : count;
     const long i_end = at[3] + of[6] < inner ? at[3] + of[6] : inner;
-    for (long o = at[1]; o < o_end; o++) {{
+    """
+BOX = """for (long o = at[1]; o < o_end; o++) {{
       if (inner == 1) {{
         const long u = at[2], start = o * count + u;
         {side_by_side}
@@ -76,6 +82,14 @@ BOX = """const int64_t *at = blocks + 4 * b, *of = units + 7 * at[0];
       }}
     }}"""
 
+# before that, on a box of whole units: measure them, and give what `finish` makes of it to the loop behind
+WHOLE = """double *sums = out + place[b] * {results};
+    for (long k = 0; k < (u_end - at[2]) * {results}; k++) sums[k] = 0;
+    {measure}
+    for (long u = at[2]; u < u_end; u++, sums += {results}) {{
+      {finish}
+    }}
+    """
 
 # what a split selects of a block: gathered, run, and spread over U, where S marks it
 SELECTED = """uint16_t places[{PART}];
@@ -144,96 +158,141 @@ def write(kind: "Kind") -> list[str]:
     return [f"P_p[i] = store_{store}(p);"]
 
 
-@lru_cache(maxsize=64)
-def source(kind: "Kind", ps: "Pass") -> str:
-    """The whole C file of one pass."""
-    dtypes = dict(zip(kind.program.slots, kind.slots, strict=True))
-    roles = {"p": kind.dtype, "g": kind.gdtype, **{f"s_{n}": dtypes[n] for n in ps.slots}}
-    kahan = kind.rounding == "kahan" and ps.reads_p
-    if kahan:
-        roles["rest"] = kind.dtype
-    low = {f"s_{n}" for n in ps.low}
+class Function:
+    """What one pass does with a span of elements, as a C function of this name; `table` is the order of pointers."""
 
-    def stored(name: str) -> str:
-        return f"P_s_{name}[i] = store_{STORAGE[dtypes[name]][1]}(s_{name});"
+    def __init__(self, name: str, kind: "Kind", ps: "Pass", table: Sequence[str]):
+        dtypes = dict(zip(kind.program.slots, kind.slots, strict=True))
+        self.name, self.roles, self.splits = name, roles_of(kind, ps), ps.splits
+        roles, measure = self.roles, ps.measure.link if ps.measure else None
+        kahan = "rest" in roles
+        low = {f"s_{n}" for n in ps.low}
+        self.given = len(kind.program.scalars.by_unit)
 
-    def loads(wanted: Iterable[str]) -> list[str]:
-        """Registers of these roles, and u."""
-        lines = [f"T {r} = load_{STORAGE[roles[r]][1]}(P_{r}[i]);" for r in wanted if r != "rest"]
-        lines += [f"p = p + load_{STORAGE[kind.dtype][1]}(P_rest[i]);"] * (kahan and "p" in wanted)
-        return lines + ["g = -g;"] * kind.program.maximize + ["T u = g;"]
+        def stored(name: str) -> str:
+            return f"P_s_{name}[i] = store_{STORAGE[dtypes[name]][1]}(s_{name});"
 
-    body = loads([r for r in roles if r not in low and (r != "p" or ps.reads_p)])
-    if kahan and ps.writes:
-        body.append("T p_before = p;")
-    before, inside, outside, after = ps.parts()
-    rest = links(kind, before) + (links(kind, outside) + ["u = S[i] ? U[i] : u;"]) * ps.splits + links(kind, after)
-    if ps.measure and "before" in ps.measure.link.sees:
-        rest.insert(len(before) if ps.splits and not after else len(rest) - 1, "T before = u;")
-    body += rest
-    codes = [x.link.code for _, x in ps.rules] + ([ps.measure.link.code] if ps.measure else [])
-    used = sorted({c for i, _ in ps.rules for c in kind.program.scalars.of[i]})
-    lets = [f"const T {c.register} = {c.table.upper()}[{c.at}];" for c in used if c.table != "r"]
-    if ps.splits:
-        seen = {n for _, x in before + inside for n in (*x.link.sees, *(f"s_{h}" for h in x.holds)) if n not in low}
-        wanted = [r for r in roles if r in seen or r == "g" or (r == "rest" and "p" in seen)]
-        held = {r: STORAGE[roles[r]] for r in wanted}
-        lets.append(
-            SELECTED.format(
-                PART=PART,
-                listed=int({*(roles[r] for r in wanted), kind.compute} != {torch.float32}),
-                scratch=" ".join(f"{c} G_{r}[{PART} + 16];" for r, (c, _) in held.items()),
-                gather=" ".join(f"pack_{c}(P_{r}, bits, places, m, n, G_{r});" for r, (_, c) in held.items()),
-                shadow=" ".join(f"const {c} *P_{r} = G_{r};" for r, (c, _) in held.items()),
-                body="\n      ".join(loads([*wanted, *(r for r in roles if r in low)]) + links(kind, before + inside)),
-                stores=" ".join(stored(n) for n in ps.stores if f"s_{n}" in low),
+        def loads(wanted: Iterable[str]) -> list[str]:
+            """Registers of these roles, and u."""
+            lines = [f"T {r} = load_{STORAGE[roles[r]][1]}(P_{r}[i]);" for r in wanted if r != "rest"]
+            lines += [f"p = p + load_{STORAGE[kind.dtype][1]}(P_rest[i]);"] * (kahan and "p" in wanted)
+            return lines + ["g = -g;"] * kind.program.maximize + ["T u = g;"]
+
+        body = loads([r for r in roles if r not in low and (r != "p" or ps.reads_p)])
+        if kahan and ps.writes:
+            body.append("T p_before = p;")
+        before, inside, outside, after = ps.parts()
+        rest = links(kind, before) + (links(kind, outside) + ["u = S[i] ? U[i] : u;"]) * ps.splits + links(kind, after)
+        if measure and "before" in measure.sees:
+            rest.insert(len(before) if ps.splits and not after else len(rest) - 1, "T before = u;")
+        body += rest
+        self.codes = [x.link.code for _, x in ps.rules] + ([measure.code] if measure else [])
+        used = sorted({c for i, _ in ps.rules for c in kind.program.scalars.of[i]})
+        lets = [f"const T {c.register} = {c.table.upper()}[{c.at}];" for c in used if c.table != "r"]
+        if ps.splits:
+            seen = {n for _, x in before + inside for n in (*x.link.sees, *(f"s_{h}" for h in x.holds)) if n not in low}
+            wanted = [r for r in roles if r in seen or r == "g" or (r == "rest" and "p" in seen)]
+            held = {r: STORAGE[roles[r]] for r in wanted}
+            packed = [*loads([*wanted, *(r for r in roles if r in low)]), *links(kind, before + inside)]
+            lets.append(
+                SELECTED.format(
+                    PART=PART,
+                    listed=int({*(roles[r] for r in wanted), kind.compute} != {torch.float32}),
+                    scratch=" ".join(f"{c} G_{r}[{PART} + 16];" for r, (c, _) in held.items()),
+                    gather=" ".join(f"pack_{c}(P_{r}, bits, places, m, n, G_{r});" for r, (_, c) in held.items()),
+                    shadow=" ".join(f"const {c} *P_{r} = G_{r};" for r, (c, _) in held.items()),
+                    body="\n      ".join(packed),
+                    stores=" ".join(stored(n) for n in ps.stores if f"s_{n}" in low),
+                )
             )
-        )
-    given = len(kind.program.scalars.by_unit)
-    body = [f"const T {c.register} = R[i * step * {given} + {c.at}];" for c in used if c.table == "r"] + body
-    results, each_unit = (len(ps.measure.link.reduce), ps.measure.link.scope in AXES) if ps.measure else (0, False)
-    if ps.measure:
-        loop = reduction(ps.measure.link, body)
-    else:
-        stores = [stored(n) for n in ps.stores if f"s_{n}" not in low]
-        lines = "\n    ".join(body + write(kind) * ps.writes + stores)
-        loop = f"for (long i = 0; i < n; i++) {{\n    {lines}\n  }}"
-    written = {*(f"s_{n}" for n in ps.stores), *(["p", "rest"] * ps.writes)}
-    names = [("const " if r not in written else "") + f"{STORAGE[d][0]} *restrict P_{r}" for r, d in roles.items()]
-    starts = ["first" if r in low else "start" for r in roles]
-    arguments = [
-        f"({STORAGE[d][0]} *)pointers[{j} * tensors + t] + {at}"
-        for j, (d, at) in enumerate(zip(roles.values(), starts, strict=True))
-    ]
-    tables = "const T *H, const T *M, const T *R, double *out"
-    place = "uint64_t element, int64_t clock, int64_t index, int64_t seed"
-    signature = ", ".join([*names, tables, place, "const uint64_t *bits, const long step, long n"])
-    places = {name: i for i, name in enumerate(JOB)}
+        body = [f"const T {c.register} = R[i * step * {self.given} + {c.at}];" for c in used if c.table == "r"] + body
+        self.results, self.each_unit = (len(measure.reduce), measure.scope in AXES) if measure else (0, False)
+        if measure:
+            loop = reduction(measure, body)
+        else:
+            stores = [stored(n) for n in ps.stores if f"s_{n}" not in low]
+            lines = "\n    ".join(body + write(kind) * ps.writes + stores)
+            loop = f"for (long i = 0; i < n; i++) {{\n    {lines}\n  }}"
+        written = {*(f"s_{n}" for n in ps.stores), *(["p", "rest"] * ps.writes)}
+        names = [("const " if r not in written else "") + f"{STORAGE[d][0]} *restrict P_{r}" for r, d in roles.items()]
+        starts = ["first" if r in low else "start" for r in roles]
+        self.arguments = [
+            f"({STORAGE[d][0]} *)pointers[{table.index(r)} * tensors + t] + {at}"
+            for (r, d), at in zip(roles.items(), starts, strict=True)
+        ]
+        tables = "const T *H, const T *M, const T *R, double *out"
+        place = "uint64_t element, int64_t clock, int64_t index, int64_t seed"
+        signature = ", ".join([*names, tables, place, "const uint64_t *bits, const long step, long n"])
+        inlined = "static inline __attribute__((always_inline)) void"  # `step` is known where it is called
+        self.text = f"{inlined} {name}({signature}) {{\n  " + "\n  ".join([*lets, loop]) + "\n}"
 
-    def span(**how: Any) -> str:
-        words = "(uint64_t *)bits[t] + start / 64" if ps.splits else "0"
-        return SPAN.format(arguments=", ".join(arguments), words=words, **how, **places)
+    def call(self, **how: Any) -> str:
+        words = "(uint64_t *)bits[t] + start / 64" if self.splits else "0"
+        return SPAN.format(name=self.name, arguments=", ".join(self.arguments), words=words, **how, **PLACES)
 
-    if in_units(kind, ps):
-        r, into = f"R + (of[0] + u) * {given}", f"(place[b] + (u - at[2]) * {int(each_unit)}) * {results}"
+    def box(self) -> str:
+        """Calls for the spans of a box."""
+        r = f"R + (of[0] + u) * {self.given}"
+        into = f"(place[b] + (u - at[2]) * {int(self.each_unit)}) * {self.results}"
         one, many = (
             {"given": r, "into": into, "step": step, "n": n} for step, n in ((0, "i_end - at[3]"), (1, "u_end - u"))
         )
-        block = BOX.format(side_by_side=span(**many), one_by_one=span(**one))
+        return BOX.format(side_by_side=self.call(**many), one_by_one=self.call(**one))
+
+
+def roles_of(kind: "Kind", ps: "Pass") -> dict[str, torch.dtype]:
+    """What a pass has pointers to, in the order of their table."""
+    dtypes = dict(zip(kind.program.slots, kind.slots, strict=True))
+    kahan = {"rest": kind.dtype} if kind.rounding == "kahan" and ps.reads_p else {}
+    return {"p": kind.dtype, "g": kind.gdtype, **{f"s_{n}": dtypes[n] for n in ps.slots}} | kahan
+
+
+def in_double(text: str) -> str:
+    """C text in T as text in double, under names of its own."""
+    for old, new in ((r"\bT\b", "double"), (r"\bIN_T\((.*), (.*)\)", r"(\2)"), (r"\b(k|fn)_", r"\1_double_")):
+        text = re.sub(old, new, text)
+    return text
+
+
+def finish_of(kind: "Kind", ps: "Pass") -> str:
+    """A measure's `finish` on what was summed of one unit, in double, into its scalars."""
+    link, scalars = ps.measure.link, kind.program.scalars
+    r = f"R[(of[0] + u) * {len(scalars.by_unit)} + {{}}]"
+    tables = {"h": "wide[row[t] * columns + {}]", "m": "M[t * measured + {}]", "r": r}
+    sums = [f"sums[{j}]" + " / (of[1] * inner)" * (how == "mean") for j, how in enumerate(link.reduce.values())]
+    cells = [f"(double){tables[c.table].format(c.at)}" for c in scalars.of[ps.end]]
+    into = [r.format(scalars.by_unit.index((ps.measure.chain, name))) for name in link.gives]
+    return in_double(inline(link.name, link.end, [*sums, *cells], into))
+
+
+@lru_cache(maxsize=64)
+def source(kind: "Kind", ps: "Pass", inner: "Pass | None" = None) -> str:
+    """The whole C file of one pass.
+
+    inner: a measure of rows or columns that it takes itself, of each box before it runs on it: boxes have them whole.
+    """
+    table = [*roles_of(kind, ps)]
+    functions = [Function("span", kind, ps, table)]
+    block, finish = "", []
+    if inner:
+        functions.append(of_units := Function("measure", kind, inner, table))
+        finish = [in_double("\n".join([OPERATIONS, *helpers(inner.measure.link.end.calls, set())]))]
+        block = WHOLE.format(measure=of_units.box(), finish=finish_of(kind, inner), results=of_units.results)
+    if in_units(kind, ps):
+        block = CORNER + block + functions[0].box()
     else:
         n = "n" if ps.splits else f"left < {BLOCK} ? left : {BLOCK}"
-        ends = {"given": "R", "into": f"place[b] * {results}", "step": 0, "n": n}
-        block = (PARTS if ps.splits else CHUNK).format(BLOCK=BLOCK, PART=PART, span=span(**ends))
-    inlined = "static inline __attribute__((always_inline)) void span"  # `step` is known where it is called
+        ends = {"given": "R", "into": f"place[b] * {functions[0].results}", "step": 0, "n": n}
+        block = (PARTS if ps.splits else CHUNK).format(BLOCK=BLOCK, PART=PART, span=functions[0].call(**ends))
     return "\n".join(
         [
             f"typedef {STORAGE[kind.compute][0]} T;",
             PRELUDE,
             *[SPLIT] * ps.splits,
-            *helpers([c for code in codes for c in code.calls], set()),
-            f"{inlined}({signature}) {{",
-            "  " + "\n  ".join([*lets, loop]) + "\n}",
-            RUN.format(block=block, **places),
+            *helpers([c for f in functions for code in f.codes for c in code.calls], set()),
+            *finish,
+            *(f.text for f in functions),
+            RUN.format(block=block, **PLACES),
         ]
     )
 

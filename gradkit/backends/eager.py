@@ -182,6 +182,10 @@ class Eager:
         given = self.batch.by_unit[part.units, column.at]
         return given[0] if part.axis is None else given.view([-1 if d == part.axis else 1 for d in range(part.p.dim())])
 
+    def takes(self, ps: "Pass") -> bool:
+        """Whether a measure has a pass of its own: each has."""
+        return True
+
     def reduce(self, ps: "Pass") -> Tensor:
         """The totals of the pass's measure, float64 [tensors or units, reductions]."""
         b, link = self.batch, ps.measure.link

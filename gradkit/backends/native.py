@@ -12,13 +12,12 @@ from torch import Tensor
 from ..transform import AXES
 from . import ccache
 from .blocks import blocks_of, box_of, corners, first_selected, steps
-from .csource import BLOCK, JOB, in_units, source
+from .csource import BLOCK, JOB, PLACES, in_units, source
 
 if TYPE_CHECKING:
-    from ..plan import Batch, Pass
+    from ..plan import Batch, Pass, Units
 
 PROCESS = os.getpid()  # a forked child has lost OpenMP's threads: there one thread runs
-PLACE = {name: i for i, name in enumerate(JOB)}
 
 
 def why_not(batch: "Batch") -> str:
@@ -28,11 +27,29 @@ def why_not(batch: "Batch") -> str:
     if reason := batch.program.no_source or ccache.why_not():
         return reason
     try:
-        for ps in batch.program.passes:
-            ccache.build(source(batch.kind, ps))
+        for ps, inner in passes_of(batch):
+            ccache.build(source(batch.kind, ps, inner))
     except ccache.NoCompiler as e:
         return str(e)
     return ""
+
+
+def passes_of(batch: "Batch") -> "list[tuple[Pass, Pass | None]]":
+    """What runs, each with the measure that it takes by itself.
+
+    A measure of rows or columns that stands last is left to the last pass if a box has them whole: the gradient is read
+    from memory once.
+    """
+    *before, last = batch.program.passes
+    inner = before[-1] if before and not batch.sharded and before[-1].measure.link.scope in AXES else None
+    if inner and in_units(batch.kind, last) and all(whole(x, box_of(x, BLOCK)) for x in batch.units):
+        return [*((ps, None) for ps in before[:-1]), (last, inner)]
+    return [(ps, None) for ps in (*before, last)]
+
+
+def whole(units: "Units", box: tuple[int, int, int]) -> bool:
+    """Whether each of a tensor's units lies in one box."""
+    return (units.outer, units.inner) == (box[0], box[2]) or not units.outer
 
 
 @lru_cache(maxsize=1)
@@ -46,10 +63,14 @@ class Native:
 
     def __init__(self, batch: "Batch"):
         self.batch = batch
-        self.passes = {ps.end: Compiled(batch, ps) for ps in batch.program.passes}
+        self.passes = {ps.end: Compiled(batch, ps, inner) for ps, inner in passes_of(batch)}
 
     def begin(self) -> None:
         """Nothing to send: the loop reads the batch's own table."""
+
+    def takes(self, ps: "Pass") -> bool:
+        """Whether a measure has a pass of its own."""
+        return ps.end in self.passes
 
     def reduce(self, ps: "Pass") -> Tensor:
         """The totals of the pass's measure, float64 [tensors or units, reductions]."""
@@ -73,9 +94,9 @@ class Native:
 class Compiled:
     """One pass of one batch: the compiled function and the tables that it is given."""
 
-    def __init__(self, batch: "Batch", ps: "Pass"):
+    def __init__(self, batch: "Batch", ps: "Pass", inner: "Pass | None"):
         self.batch = batch
-        self.library = ccache.build(source(batch.kind, ps))
+        self.library = ccache.build(source(batch.kind, ps, inner))
         self.gradients: list[int] = []
         b = batch
         self.size = np.array([p.numel() for p in b.params], np.int64)
@@ -90,7 +111,8 @@ class Compiled:
         else:
             self.units, self.blocks = np.zeros(0, np.int64), blocks_of(b.sizes, BLOCK)[0].astype(np.int64)
         of, parts = self.blocks[:, 0], np.ones(len(self.blocks), np.int64)
-        if ps.measure and ps.measure.link.scope in AXES:  # a box gives a result for each of its units
+        measure = (inner or ps).measure
+        if measure and measure.link.scope in AXES:  # a box gives a result for each of its units
             tensor, unit = self.blocks[:, 0], self.blocks[:, 2]
             parts = np.minimum(self.units[tensor, 2] - unit, self.units[tensor, 5])
             self.count, of = len(b.by_unit), np.repeat(self.units[tensor, 0] + unit, parts) + steps(parts)
@@ -108,13 +130,13 @@ class Compiled:
             self.random[:] = list(zip(b.logical, b.index, [b.groups[g]["seed"] for g in b.group], strict=True))
         self.bits = np.array([x.bits.ctypes.data for x in b.choices], np.int64)
         self.low = first_selected(b.choices, BLOCK) if ps.splits else np.zeros(0, np.int64)
-        self.out = np.zeros((len(of), len(ps.measure.link.reduce) if ps.measure else 0))
+        self.out = np.zeros((len(of), len(measure.link.reduce) if measure else 0))
         self.job = np.zeros(len(JOB), np.int64)
         for name in ("pointers", "blocks", "size", "random", "out", "units", "place", "bits", "low"):
-            self.job[PLACE[name]] = getattr(self, name).ctypes.data
-        self.job[PLACE["tensors"]], self.job[PLACE["last"]] = len(b.params), len(self.blocks)
-        self.job[PLACE["M"]], self.job[PLACE["measured"]] = b.measured.data_ptr(), b.measured.shape[1]
-        self.job[PLACE["R"]] = b.by_unit.data_ptr()
+            self.job[PLACES[name]] = getattr(self, name).ctypes.data
+        self.job[PLACES["tensors"]], self.job[PLACES["last"]] = len(b.params), len(self.blocks)
+        self.job[PLACES["M"]], self.job[PLACES["measured"]] = b.measured.data_ptr(), b.measured.shape[1]
+        self.job[PLACES["R"]] = b.by_unit.data_ptr()
         self.address = self.job.ctypes.data
 
     def run(self) -> None:
@@ -125,19 +147,20 @@ class Compiled:
             ring = b.slots[name]
             bytes_ = np.array([t.stride(0) * t.element_size() for t in ring])
             self.pointers[r] = self.bases[r] + b.positions[name] % [len(t) for t in ring] * bytes_
-        job[PLACE["row"]], job[PLACE["H"]] = b.row.ctypes.data, b.table.ctypes.data
-        job[PLACE["columns"]], job[PLACE["clock"]] = b.table.shape[1], int(b.clock)
+        job[PLACES["row"]], job[PLACES["H"]] = b.row.ctypes.data, b.table.ctypes.data
+        job[PLACES["wide"]] = b.table64.ctypes.data
+        job[PLACES["columns"]], job[PLACES["clock"]] = b.table.shape[1], int(b.clock)
         n, threads = len(self.blocks), min(torch.get_num_threads(), self.threads)
         if os.getpid() != PROCESS:
             threads = 1
         if self.library.openmp or threads == 1:
-            job[PLACE["threads"]] = threads
+            job[PLACES["threads"]] = threads
             self.library.run(self.address)
             return
         cuts = [n * k // threads for k in range(threads + 1)]
         jobs = []
         for first, last in zip(cuts, cuts[1:], strict=False):
             mine = job.copy()
-            mine[PLACE["first"]], mine[PLACE["last"]], mine[PLACE["threads"]] = first, last, 1
+            mine[PLACES["first"]], mine[PLACES["last"]], mine[PLACES["threads"]] = first, last, 1
             jobs.append(mine)
         list(pool().map(lambda j: self.library.run(j.ctypes.data), jobs))

@@ -56,6 +56,10 @@ class Triton:
         """Send the step's tables."""
         self.kernels.begin()
 
+    def takes(self, ps: "Pass") -> bool:
+        """Whether a measure has a pass of its own: each has."""
+        return True
+
     def reduce(self, ps: "Pass") -> Tensor:
         """The totals of the pass's measure, float64 [tensors, reductions]."""
         return self.kernels.totals(ps)

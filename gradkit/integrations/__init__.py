@@ -1,1 +1,1 @@
-"""gradkit in other people's training loops; each needs its package: `pip install gradkit[lightning]`, `[transformers]`."""
+"""gradkit in other people's training loops; each module needs its package: `pip install "gradkit[lightning]"`."""

@@ -100,5 +100,7 @@ MUTANTS = (
             law(KAHAN_TIE, "native"),
         ),
         ("stochastic bits by seed, native", "(uint32_t)seed", "0u", law("the_seed_chooses_the_random_bits")),
+        ("mean of a unit that a box holds", '" / (of[1] * inner)"', '""', hostile("scale", backend="native")),
+        ("sums of a unit that a box holds", "sums[k] = 0;", ";", hostile("scale", backend="native")),
     ),
 )
