@@ -1,7 +1,6 @@
 """One gradient from several losses: inner products of theirs, weights from these, one combination."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,18 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import random
+from .gradients import Rows, combinations, gramian, summed
 from .graph import check_loss, nodes, tensors
 from .options import NOT_NEGATIVE, SEED, Range, brief, check_choice, check_number
-from .plan import compute_dtype
 from .sharding import is_sharded
 
 __all__ = ["CAGrad", "PCGrad"]
 
 Order = Sequence[Sequence[int]]
-Rows = list[list[Tensor | None]]  # of each task, of each parameter
 
-PIECES = {"cpu": 1 << 17}  # elements of all tasks whose products are formed at once: what fits a cache
-PIECE = 1 << 19  # elsewhere: few launches, 4 MB of copies
 BUCKET = 1 << 22  # elements that ranks average in one message
 NEAR_ZERO = 1e-8  # of a gradient's usual norm: rounding in float32
 
@@ -76,19 +72,11 @@ class Method:
     @torch.no_grad()
     def merge(self, rows: Rows, order: Order | None = None) -> list[Tensor | None]:
         """As `combine`; it takes each gradient out of the lists when it is done with it."""
-        columns = range(len(rows[0]))
-        if self.each_tensor:
-            gram = torch.stack([gramian([[row[i]] for row in rows]) for i in columns])
-        else:
-            gram = gramian(rows)
-        weights = self.weights(gram, order).expand(len(columns), -1)
-        merged: list[Tensor | None] = [None] * len(columns)
-        # Small ones first: by then they have freed more than the result for a large one takes.
-        for i in sorted(columns, key=lambda i: numel(row[i] for row in rows)):
-            partly = any(row[i] is None for row in rows)
-            merged[i] = combination([row[i] for row in rows], weights[i] * (self.partly(len(rows)) if partly else 1))
-            for row in rows:
-                row[i] = None
+        gram = gramian(rows, self.each_tensor)
+        weights = self.weights(gram, order).expand(len(rows[0]), -1)
+        partly = [any(g is None for g in column) for column in zip(*rows, strict=True)]
+        factors = torch.tensor([self.partly(len(rows)) if x else 1 for x in partly], dtype=weights.dtype)
+        merged = combinations(rows, weights * factors.to(weights.device)[:, None])
         self.calls += 1
         self.last = Last(gram)
         return merged
@@ -354,81 +342,6 @@ def others(order: Order, tasks: int) -> list[list[int]]:
     if len(rows) != tasks or any(sorted([*row, i]) != list(range(tasks)) for i, row in enumerate(rows)):
         raise ValueError(f"PCGrad: order={brief(order)}: give {tasks} permutations of the tasks, one for each")
     return rows
-
-
-def numel(column: Iterable[Tensor | None]) -> int:
-    """Of a parameter, from its gradients."""
-    return max(0 if g is None else g.numel() for g in column)
-
-
-def gramian(rows: Rows) -> Tensor:
-    """Inner products of the tasks' gradients, [tasks, tasks] in float64; each gradient is read once."""
-    columns = [vectors(column) for column in zip(*rows, strict=True) if numel(column)]
-    device = columns[0][0].device if columns else torch.device("cpu")
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-    wide: dict[torch.device, Tensor] = {}
-    room = max(1, PIECES.get(device.type, PIECE) // len(rows))
-    for pack in packs([column[0] for column in columns], room):
-        on = columns[pack[0][0]][0].device
-        if on not in wide:
-            wide[on] = torch.empty(len(rows), room, dtype=torch.float64, device=on)
-        end = 0
-        for i, start, stop in pack:
-            begin, end = end, end + stop - start
-            for row, vector in zip(wide[on], columns[i], strict=True):
-                row[begin:end].copy_(vector[start:stop])
-        x = wide[on][:, :end]
-        total += (x @ x.T).to(device)
-    return total
-
-
-def vectors(column: Sequence[Tensor | None]) -> list[Tensor]:
-    """A parameter's gradients, in the order in which the first lies in memory: views of dense ones; zeros for None."""
-    first = next(g for g in column if g is not None)
-    dims = sorted(range(first.dim()), key=first.stride, reverse=True)
-    zeros = first.new_zeros(()).expand(first.numel())
-    return [zeros if g is None else g.permute(dims).reshape(-1) for g in column]
-
-
-def packs(parts: Sequence[Tensor], room: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Pieces (vector, start, stop) of one device, together at most `room` elements."""
-    for _, alike in groupby(range(len(parts)), key=lambda i: parts[i].device):
-        pack, free = [], room
-        for i in alike:
-            start = 0
-            while start < len(parts[i]):
-                stop = min(len(parts[i]), start + free)
-                pack.append((i, start, stop))
-                start, free = stop, free - (stop - start)
-                if not free:
-                    yield pack
-                    pack, free = [], room
-        if pack:
-            yield pack
-
-
-def combination(column: Sequence[Tensor | None], weights: Tensor) -> Tensor | None:
-    """The weighted sum of a parameter's gradients, rounded once."""
-    having = [(t, g) for t, g in enumerate(column) if g is not None]
-    if not having:
-        return None
-    (t, first), *more = having
-    weights = weights.to(first.device, compute_dtype(first.dtype))
-    total = first.to(weights.dtype) * weights[t]
-    for t, g in more:
-        total.addcmul_(g, weights[t])
-    return total.to(first.dtype)
-
-
-def summed(column: Sequence[Tensor | None]) -> Tensor | None:
-    """The sum of a parameter's gradients, in a tensor of its own: autograd may give two parameters the same one."""
-    having = [g for g in column if g is not None]
-    if not having:
-        return None
-    total = having[0].clone()
-    for g in having[1:]:
-        total += g
-    return total
 
 
 def give(p: Tensor, g: Tensor | None) -> None:

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import gradkit
 from bench.devices import Cpu
 from bench.protocol import Contender
+from gradkit import gradients
+from gradkit.backends import csource, mix
 from gradkit.multiloss import CAGrad, Method, PCGrad
 from tests.reference import multiloss as reference
 from tests.tolerance import assert_equal, tolerance
@@ -233,12 +235,36 @@ def test_half_precision_is_float32_rounded_once(name, dtype):
         assert_equal(g, e.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tasks", [2, 3, mix.MOST])
+def test_loops_in_c_do_what_torch_does(tasks, dtype, monkeypatch):
+    rows = [[g.to(dtype) for g in row] for row in draw(tasks)]
+    for i, row in enumerate(rows):
+        row += [torch.randn(csource.BLOCK + 3).to(dtype), torch.randn(5, 4).to(dtype).t()]
+        row += [torch.randn(()).to(dtype).expand(3, 2), torch.randn(0, 2).to(dtype), None, torch.randn(4).to(dtype)]
+        row[-1] = row[-1] if i else None
+    assert gradients.kind([row[0] for row in rows])[0] is False  # a loop takes it
+    for granularity in ("global", "tensor"):
+        looped, plain = (PCGrad(granularity=granularity) for _ in range(2))
+        results = looped.combine(rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(mix, "why_not", lambda *kind: "torch is to do it")
+            wanted = plain.combine(rows)
+        torch.testing.assert_close(looped.last.gram, plain.last.gram, rtol=1e-12, atol=1e-12)
+        assert wanted[-2] is results[-2] is None
+        for x, y in zip(results, wanted, strict=True):
+            if x is not None:
+                torch.testing.assert_close(x, y)
+                assert x.dtype == dtype and x.shape == y.shape
+
+
 def test_large_tensors_are_read_in_pieces(monkeypatch):
+    monkeypatch.setattr(mix, "why_not", lambda *kind: "torch is to do it")
     rows = draw(3)
     whole = PCGrad()
     whole.combine(rows)
     for size in (1, 3, 8, 24, 1000):
-        monkeypatch.setitem(gradkit.multiloss.PIECES, "cpu", size)
+        monkeypatch.setitem(gradkit.gradients.PIECES, "cpu", size)
         pieces = PCGrad()
         pieces.combine(rows)
         torch.testing.assert_close(pieces.last.gram, whole.last.gram, rtol=1e-13, atol=0)

@@ -137,7 +137,6 @@ class Compiled:
         self.job[PLACES["tensors"]], self.job[PLACES["last"]] = len(b.params), len(self.blocks)
         self.job[PLACES["M"]], self.job[PLACES["measured"]] = b.measured.data_ptr(), b.measured.shape[1]
         self.job[PLACES["R"]] = b.by_unit.data_ptr()
-        self.address = self.job.ctypes.data
 
     def run(self) -> None:
         b, job = self.batch, self.job
@@ -150,17 +149,22 @@ class Compiled:
         job[PLACES["row"]], job[PLACES["H"]] = b.row.ctypes.data, b.table.ctypes.data
         job[PLACES["wide"]] = b.table64.ctypes.data
         job[PLACES["columns"]], job[PLACES["clock"]] = b.table.shape[1], int(b.clock)
-        n, threads = len(self.blocks), min(torch.get_num_threads(), self.threads)
-        if os.getpid() != PROCESS:
-            threads = 1
-        if self.library.openmp or threads == 1:
-            job[PLACES["threads"]] = threads
-            self.library.run(self.address)
-            return
-        cuts = [n * k // threads for k in range(threads + 1)]
-        jobs = []
-        for first, last in zip(cuts, cuts[1:], strict=False):
-            mine = job.copy()
-            mine[PLACES["first"]], mine[PLACES["last"]], mine[PLACES["threads"]] = first, last, 1
-            jobs.append(mine)
-        list(pool().map(lambda j: self.library.run(j.ctypes.data), jobs))
+        on_threads(self.library, job, self.threads)
+
+
+def on_threads(library: ccache.Library, job: np.ndarray, most: int) -> None:
+    """Run a loop over its blocks, on at most so many threads."""
+    n, threads = int(job[PLACES["last"]]), max(1, min(torch.get_num_threads(), most))
+    if os.getpid() != PROCESS:
+        threads = 1
+    if library.openmp or threads == 1:
+        job[PLACES["threads"]] = threads
+        library.run(job.ctypes.data)
+        return
+    cuts = [n * k // threads for k in range(threads + 1)]
+    jobs = []
+    for first, last in zip(cuts, cuts[1:], strict=False):
+        mine = job.copy()
+        mine[PLACES["first"]], mine[PLACES["last"]], mine[PLACES["threads"]] = first, last, 1
+        jobs.append(mine)
+    list(pool().map(lambda j: library.run(j.ctypes.data), jobs))

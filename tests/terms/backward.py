@@ -170,36 +170,6 @@ MUTANTS = (
         ),
         ("backward: added", "p.grad += g", "p.grad = g", losses("gradients_accumulate", "PCGrad")),
         (
-            "backward: tensors of their own",
-            "total = having[0].clone()",
-            "total = having[0]",
-            losses("a_gradient_that_autograd_gives_twice_is_no_ones_twice"),
-        ),
-        (
-            "backward: memory",
-            "                row[i] = None\n        self.calls",
-            "                pass\n        self.calls",
-            losses("memory_is_a_trunk_of_gradients_for_each_task"),
-        ),
-        (
-            "combination: rounded once",
-            "compute_dtype(first.dtype)",
-            "first.dtype",
-            losses("half_precision_is_float32_rounded_once", "PCGrad", "dtype0"),
-        ),
-        (
-            "inner products: one layout",
-            "g.permute(dims).reshape(-1)",
-            "g.permute(sorted(range(g.dim()), key=g.stride)).reshape(-1)",
-            losses("elements_meet_whatever_their_layout"),
-        ),
-        (
-            "inner products: every piece",
-            "start, free = stop, free - (stop - start)",
-            "start, free = len(parts[i]), free - (stop - start)",
-            losses("large_tensors_are_read_in_pieces"),
-        ),
-        (
             "ranks: mean",
             ".div_(dist.get_world_size())",
             "",
@@ -210,6 +180,54 @@ MUTANTS = (
             "average([*of_trunk, *of_rest])",
             "average(of_rest)",
             "sharding/test_sharding.py::test_on_two_ranks[losses_are_combined_as_in_one_process]",
+        ),
+    ),
+    *rows(
+        "gradients.py",
+        (
+            "backward: tensors of their own",
+            "total = having[0].clone()",
+            "total = having[0]",
+            losses("a_gradient_that_autograd_gives_twice_is_no_ones_twice"),
+        ),
+        (
+            "backward: memory",
+            "                row[i] = None\n    return merged",
+            "                pass\n    return merged",
+            losses("memory_is_a_trunk_of_gradients_for_each_task"),
+        ),
+        (
+            "combination: rounded once",
+            "compute_dtype(first.dtype)",
+            "first.dtype",
+            losses("loops_in_c_do_what_torch_does", "2", "dtype2"),
+        ),
+        (
+            "inner products: one layout",
+            "g.permute(dims).reshape(-1)",
+            "g.permute(sorted(range(g.dim()), key=g.stride)).reshape(-1)",
+            losses("elements_meet_whatever_their_layout"),
+        ),
+        (
+            "inner products: every piece",
+            "start, free = stop, free - (stop - start)",
+            "start, free = size, free - (stop - start)",
+            losses("large_tensors_are_read_in_pieces"),
+        ),
+    ),
+    *rows(
+        "backends/mix.py",
+        (
+            "loops of several gradients: every element",
+            "for (int k = 0; q < n; q++, k++)",
+            "for (int k = 0; q < 0; q++, k++)",
+            losses("loops_in_c_do_what_torch_does", "2", "dtype0"),
+        ),
+        (
+            "loops of several gradients: every block",
+            "? P{k} + start : none",
+            "? P{k} : none",
+            losses("loops_in_c_do_what_torch_does", "2", "dtype0"),
         ),
     ),
 )
