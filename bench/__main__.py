@@ -119,6 +119,8 @@ def write(data: dict[str, Any], out: Path) -> str:
     if find_spec("matplotlib") is None:
         return f"{file}.json, .md; no plot, since matplotlib is not installed"
     report.plot(data, file.with_suffix(".png"))
+    if data["device"] == "cpu":
+        report.plot(report.short(data), out / "step-times.png")
     return f"{file}.json, .md, .png"
 
 

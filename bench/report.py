@@ -17,6 +17,7 @@ LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 Record = Mapping[str, Any]
 OF_MODEL = ("ms", "ratio", "per byte", "of copy")
 HOST_COLUMNS = ("host us", "moved us")
+SLOW = ("chunked", "eager", "default")  # ways to run an optimizer that has a faster one
 
 
 def commit() -> str:
@@ -150,6 +151,15 @@ def swept(sweep: Record) -> str:
     return "\n\n".join([f"## AdamW by chunk, tile and warps, {sweep['model']}", table(head, lines)])
 
 
+def short(data: Record) -> dict[str, Any]:
+    """What the README shows: the largest model in float32, each algorithm beside its peers, not each way to run it."""
+    model = models(data)[-1].key
+    rows = [{**r, "bars": []} for r in data["rows"] if r["dtype"] == "float32" and r["name"].split()[-1] not in SLOW]
+    algorithms = list(dict.fromkeys(r["algorithm"] for r in rows))
+    rows.sort(key=lambda r: algorithms.index(r["algorithm"]))
+    return {**data, "shapes": {model: data["shapes"][model]}, "rows": rows}
+
+
 def plot(data: Record, file: Path) -> None:
     """Ratios to fused AdamW, a bar for each model, and a mark where the row's own limit is."""
     import matplotlib
@@ -187,7 +197,7 @@ def plot(data: Record, file: Path) -> None:
     handles = [Patch(color=c, label=n) for n, c in (*COLOURS.items(), ("other packages", PEER_COLOUR))]
     sizes = [f"{m.title}, {data['shapes'][m.key][1] / 1e6:,.0f}M" for m in shown]
     handles += [Patch(color="#888888", alpha=shade, label=x) for shade, x in zip(shades, sizes, strict=True)]
-    handles += [Patch(color="#c01f2e", label="limit for the row")]
+    handles += [Patch(color="#c01f2e", label="limit for the row")] * any(row["bars"] for row in rows)
     figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -255,7 +255,10 @@ def test_a_quick_run_writes_the_record_the_table_and_the_plot(tmp_path):
     assert find_spec("flashoptim") or peer["resnet50"]["why"].startswith("ModuleNotFoundError")
     page = file.with_suffix(".md").read_text()
     assert all(name in page for name in names)
-    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    for picture in (file.with_suffix(".png"), tmp_path / "step-times.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    short = report.short(data)
+    assert [*short["shapes"]] == ["gpt2"] and {row["dtype"] for row in short["rows"]} == {"float32"}
     assert all(line in page and line in done.stdout for line in report.misses(data["rows"]))
 
 

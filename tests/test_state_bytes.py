@@ -1,6 +1,8 @@
 """State of a Llama, by role and to the byte: a closed form, what explain() says before the first step, what is held."""
 
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,3 +77,26 @@ def test_explain_says_the_bytes_that_a_step_then_takes(name):
     assert before == by_role(optimizer) == ", ".join(f"{role} {size:,}" for role, size in held.items()) + " bytes"
     if name == "SCALE":
         assert held == {"matrix": 0, "embedding": 0, "last": 4 * 20 * 8, "vector": 8 * 5 * 8}
+
+
+README = re.findall(
+    r"^\| \[`(\w+)`\].*? \| (\d+)[^|]*\| \[\d", Path(__file__).parents[1].joinpath("README.md").read_text(), re.M
+)
+
+
+@pytest.mark.parametrize(("name", "bytes_"), README, ids=[name for name, _ in README])
+def test_the_readme_says_how_many_bytes_a_parameter_takes(name, bytes_):
+    matrices = [torch.ones(10, 10, requires_grad=True) for _ in range(4)]
+    optimizer = getattr(gradkit, name)([{"params": matrices, "role": "matrix"}])
+    optimizer.init_state()
+    held = sum(x.nbytes for slots in optimizer.state.values() for x in slots.values() if x.dim())
+    assert held == int(bytes_) * sum(p.numel() for p in matrices)
+
+
+def test_the_readme_lists_every_optimizer():
+    classes = [
+        n
+        for n in gradkit.__all__
+        if isinstance(x := getattr(gradkit, n), type) and issubclass(x, torch.optim.Optimizer)
+    ]
+    assert {name for name, _ in README} == {*classes} - {"Optimizer"}
