@@ -110,6 +110,17 @@ def document(suite: Suite, results: dict[str, dict[str, Any]], small: bool, comm
     }
 
 
+def amended(old: dict[str, Any], new: dict[str, Any], suite: Suite) -> dict[str, Any]:
+    """A whole result with some rows measured anew, which say when; their bars look at its other rows too."""
+    same = ("cpu", "machine", "threads", "python", "torch", "shapes", "protocol")
+    if differ := [key for key in same if json.loads(json.dumps(new.get(key))) != old.get(key)]:
+        raise SystemExit(f"another {' and '.join(differ)} than the committed result's: measure all rows")
+    since = {"commit": new["commit"], "date": new["date"]}
+    parts = {row["name"]: row for row in old["rows"]} | {row["name"]: {**row, "since": since} for row in new["rows"]}
+    known = [suite.rows[name] for name in suite.rows if name in parts]
+    return {**old, "rows": [report.record(row, suite.rows, parts) for row in known]}
+
+
 def write(data: dict[str, Any], out: Path) -> str:
     """The files' paths, as a text."""
     name = data.get("machine", {}).get("name", "")
@@ -128,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--on", choices=SUITES, default="cpu", help="where (cpu)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, 3 rounds: shows that it runs, no more")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help=f"only these rows; on the GPU also: {SWEEP}")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help=f"only these, into the newest result; or {SWEEP}")
     parser.add_argument("--out", type=Path, help="folder for the results (bench/results)")
     parser.add_argument("--commit", help="what is measured, where the checkout came without git")
     options = parser.parse_args()
@@ -137,13 +148,19 @@ def main() -> None:
     names = options.rows or known
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no rows of this suite: {', '.join(unknown)}; there are: {', '.join(known)}")
-    if options.out is None and (options.quick or len(names) < len(known)):
-        parser.error("--quick and --rows take --out: what they write is no whole result")
+    if options.out is None and options.quick:
+        parser.error("--quick takes --out: what it writes is no result")
+    committed = max(RESULTS.glob(f"{suite.key}-*.json"), default=None, key=lambda file: file.name)
+    part = options.out is None and options.rows is not None
+    if part and (committed is None or SWEEP in names):
+        parser.error("--rows takes --out: there is no committed result that they belong to")
     devices.find(suite.key, options.quick)
     out, commit = options.out or RESULTS, options.commit or report.commit()
     out.mkdir(parents=True, exist_ok=True)
     print(f"{'ratio to fused AdamW':<40} {', '.join(m.title for m in raced(suite))}", flush=True)
     data = document(suite, measure(suite, names, options.quick), options.quick, commit)
+    if part and committed:
+        data = amended(json.loads(committed.read_text()), data, suite)
     wrote = write(data, out)
     print(f"\n{report.markdown(data)}\nwrote {wrote}")
 

@@ -123,6 +123,11 @@ def markdown(data: Record) -> str:
     if mlp_torch:
         took = f"{min(mlp_torch):.0f} to {max(mlp_torch):.0f} us"
         head.append(f"MLP: torch's default AdamW took {took} beside these rows.")
+    later: dict[str, list[str]] = {}
+    for row in rows:
+        if "since" in row:
+            later.setdefault(f"{row['since']['date']} at commit {row['since']['commit']}", []).append(row["name"])
+    head += [f"Measured {when}: {', '.join(names)}." for when, names in later.items()]
     verdict = [f"{total - len(missed)} of {total} bars are met.", "\n".join(f"- {m}" for m in missed)]
     clip = [
         f"- {row['name']}: {ratio:.2f} of the time of {other}, {m.key}"

@@ -16,6 +16,7 @@ from bench import __main__ as main
 from bench import bars, devices, protocol, report
 from bench.rows import BF16_BYTES, BF16_ROLES, BYTES, ROLES, ROWS, SPLITS, Row, of, roles_of
 from bench.shapes import FULL, GPT2, LLAMA, MLP, ON_GPU, RESNET50, quick
+from bench.suites import SUITES
 from bench.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,6 +261,15 @@ def test_a_quick_run_writes_the_record_the_table_and_the_plot(tmp_path):
     short = report.short(data)
     assert [*short["shapes"]] == ["gpt2"] and {row["dtype"] for row in short["rows"]} == {"float32"}
     assert all(line in page and line in done.stdout for line in report.misses(data["rows"]))
+    anew = {**data, "rows": [{**ours, "host": {"us": 1.0, "moved_us": 1.0}}], "commit": "abc", "date": "2099-01-01"}
+    both = main.amended(data, anew, SUITES["cpu"])
+    first, *others = both["rows"]
+    assert first["since"] == {"commit": "abc", "date": "2099-01-01"} and first["host"]["us"] == 1.0
+    assert [bar["value"] for bar in first["bars"] if bar["what"].startswith("host")] == [1.0, 1.0]
+    assert all(row in data["rows"] for row in others) and len(others) == 2 and both["commit"] == data["commit"]
+    assert "Measured 2099-01-01 at commit abc: gradkit Lion." in report.markdown(both)
+    with pytest.raises(SystemExit, match="another torch than the committed result's"):
+        main.amended(data, {**anew, "torch": "1.0"}, SUITES["cpu"])
 
 
 def test_a_miss_is_printed_plainly():
