@@ -15,11 +15,11 @@ from .backends.native import passes_of
 
 if TYPE_CHECKING:
     from .chain import Placed
-    from .optimizer import Optimizer
+    from .machine import Machine
     from .plan import Batch, Pass
 
 
-def describe(optimizer: "Optimizer") -> str:
+def describe(optimizer: "Machine") -> str:
     """One block for each batch of tensors that would run together."""
     grads = expected(optimizer)
     batches = optimizer.batches(grads)
@@ -32,7 +32,7 @@ def describe(optimizer: "Optimizer") -> str:
     return "\n".join(lines)
 
 
-def block(optimizer: "Optimizer", batches: "list[Batch]") -> list[str]:
+def block(optimizer: "Machine", batches: "list[Batch]") -> list[str]:
     """What each batch runs."""
     lines = []
     for batch in batches:
@@ -64,7 +64,7 @@ def block(optimizer: "Optimizer", batches: "list[Batch]") -> list[str]:
     return lines
 
 
-def by_role(optimizer: "Optimizer", batches: "list[Batch]") -> list[str]:
+def by_role(optimizer: "Machine", batches: "list[Batch]") -> list[str]:
     """The bytes of state for each role, where groups have roles."""
     groups = optimizer.param_groups
     if not any("role" in g for g in groups):
@@ -77,7 +77,7 @@ def by_role(optimizer: "Optimizer", batches: "list[Batch]") -> list[str]:
     return [f"state by role{here}: {', '.join(f'{role} {size:,}' for role, size in total.items())} bytes"]
 
 
-def expected(optimizer: "Optimizer") -> list[Tensor | None]:
+def expected(optimizer: "Machine") -> list[Tensor | None]:
     """The gradients; before there are any, tensors of their kind."""
     params = [p for g in optimizer.param_groups for p in g["params"]]
     return [p if p.grad is None and p.requires_grad else p.grad for p in params]
@@ -145,7 +145,7 @@ def one_pass(batch: "Batch", ps: "Pass") -> str:
 
 
 @torch.no_grad()
-def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
+def trace(optimizer: "Machine", p: Tensor) -> list[tuple[str, Tensor]]:
     """Run the coming step up to the write, storing nothing."""
     params = [q for g in optimizer.param_groups for q in g["params"]]
     grads = [q.grad for q in params]
