@@ -16,6 +16,7 @@
 """
 
 from . import estimators, losses, multiloss, ops, transforms
+from .attach import attach
 from .chain import Chain, chain
 from .language import RuleError, fn
 from .multiloss import backward
@@ -53,6 +54,7 @@ __all__ = [
     "Sophia",
     "StableSPAM",
     "Stage",
+    "attach",
     "backward",
     "chain",
     "derive",

@@ -23,7 +23,7 @@ def describe(optimizer: "Machine") -> str:
     """One block for each batch of tensors that would run together."""
     grads = expected(optimizer)
     batches = optimizer.batches(grads)
-    lines = [f"{type(optimizer).__name__}: {len(grads)} parameters, {len(batches)} batches"]
+    lines = [f"{optimizer.who}: {len(grads)} parameters, {len(batches)} batches"]
     lines += by_role(optimizer, batches)
     lines += block(optimizer, batches)
     if optimizer.counts_every:
@@ -97,7 +97,7 @@ def moved(batch: "Batch", ps: "Pass") -> float:
     own = batch.dtype.itemsize * (2 if batch.rounding == "kahan" else 1)
     share = {n: selected(batch) / max(1, numel(batch)) if n in ps.low else 1 for n in ps.slots}
     slots = sum(batch.slot_dtypes[n].itemsize * share[n] for n in (*ps.slots, *ps.stores))
-    return batch.gdtype.itemsize + slots + own * (ps.reads_p + ps.writes)
+    return batch.gdtype.itemsize * (1 + (ps.target == "g")) + slots + own * (ps.reads_p + (ps.target == "p"))
 
 
 def numel(batch: "Batch") -> int:
@@ -173,9 +173,10 @@ def trace(optimizer: "Machine", p: Tensor) -> list[tuple[str, Tensor]]:
                 eager.begin()
                 (part,) = eager.parts(last, t)
                 seen = eager.walk(last, part, lambda name, u: steps.append((name, u.clone())))
-                rest = part.residual
-                part.p, part.residual = part.p.clone(), rest if rest is None else rest.clone()
-                eager.write(part, seen["p"], t)
-                steps[-1] = "write", part.p
+                if last.target == "p":
+                    rest = part.residual
+                    part.p, part.residual = part.p.clone(), rest if rest is None else rest.clone()
+                    eager.write(part, seen["p"], t)
+                    steps[-1] = "write", part.p
     plan.release()
     return steps

@@ -45,6 +45,7 @@ class Machine:
     defaults: dict[str, Any]
     chain: Chain | None = None  # beside the transforms
     ranges: ClassVar[Mapping[str, Range]] = {}  # of a subclass's own hyperparameters
+    target = ""  # what a chain without a write stores, as of a Pass
     counts_every = 0  # steps; 0: never
     _counted: stats.Counted | None = None
 
@@ -67,11 +68,11 @@ class Machine:
         of_chains = {f"{c.name}.{n}": allowed for c in chains for n, allowed in c.ranges.items()}
         defaults = {f"{c.name}.{n}": value for c in chains for n, value in c.arguments.items()}
         defaults |= getattr(self, "defaults", None) or own_defaults(type(self))
-        check_values(type(self).__name__, values, defaults, {**self.ranges, **of_chains})
+        check_values(self.who, values, defaults, {**self.ranges, **of_chains})
 
     def _check_names(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Raise if a transform's patterns match no parameter's name."""
-        who, names = type(self).__name__, [n for g in groups for n in g.get("param_names", ())]
+        who, names = self.who, [n for g in groups for n in g.get("param_names", ())]
         for key, patterns in [(k, v) for g in groups for k, v in g.items() if k.endswith(".exclude") and v]:
             check_patterns(who, key, patterns)
             if not names:
@@ -80,6 +81,11 @@ class Machine:
                 if not any(fnmatchcase(n, pattern) for n in names):
                     module = [f"{pattern}.*"] * any(n.startswith(f"{pattern}.") for n in names)
                     raise ValueError(f"{who}: {key}: {pattern!r} matches no parameter{hint(pattern, module or names)}")
+
+    @property
+    def who(self) -> str:
+        """What texts call it."""
+        return type(self).__name__
 
     def pieces(self, group: Mapping[str, Any]) -> list[Placed]:
         """The links that a group runs: a pure function of its values."""
@@ -100,7 +106,7 @@ class Machine:
 
     def _program(self, pieces: Sequence[Placed], group: Mapping[str, Any]) -> Program:
         """The one for such pieces."""
-        made = Program(pieces, group)
+        made = Program(pieces, group, self.target)
         return self._programs.setdefault(made.key(), made)
 
     def counting(self, group: Mapping[str, Any]) -> Program:
@@ -110,7 +116,7 @@ class Machine:
     def _run(self, grads: Sequence[Tensor | None]) -> None:
         """One step on these gradients, of which some are there."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{type(self).__name__}: a CUDA graph would repeat this step's numbers; step outside it")
+            raise RuntimeError(f"{self.who}: a CUDA graph would repeat this step's numbers; step outside it")
         values = [
             [v for k, v in g.items() if (k in self.defaults or "." in k) and k not in self._kept]
             for g in self.param_groups
@@ -164,7 +170,7 @@ class Machine:
             self._drop_plans([k for k, x in self._plans.items() if k == key or any(x.splits)])
             plan = self._plans[key] = self._make_plan(program_of, params, grads, structure)
             if not plan.fits(self.state, *now):
-                raise RuntimeError(f"{type(self).__name__}: parameters or gradients have no memory to step on")
+                raise RuntimeError(f"{self.who}: parameters or gradients have no memory to step on")
         return plan
 
     def _drop_plans(self, keys: Iterable[Any] | None = None) -> None:
@@ -213,7 +219,7 @@ class Machine:
     def _make_plan(
         self, program_of: ProgramOf, params: list[Tensor], grads: Sequence[Tensor | None], structure: list
     ) -> Plan:
-        who = type(self).__name__
+        who = self.who
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
             if g is not None and g.layout != torch.strided:
                 raise RuntimeError(
@@ -236,16 +242,20 @@ class Machine:
         plan = Plan(self.batches(grads, program_of), params, grads, structure)
         plan.take_turns([program_of(g).split for g in self.param_groups], self.param_groups)
         chosen = [choose(self.backend, batch)[0] for batch in plan.batches]
-        wanted = {p for p, g in zip(params, grads, strict=True) if p.requires_grad or g is not None}
+        wanted = {p for p, g in zip(params, grads, strict=True) if self.gets_state(p, g)}
         self._make_state(wanted, self.clock + 1)
         plan.attach(self.state, self.param_groups[0])
         for batch, backend in zip(plan.batches, chosen, strict=True):
             batch.backend = backend(batch)
         return plan
 
+    def gets_state(self, p: Tensor, g: Tensor | None) -> bool:
+        """Whether a parameter's slots are made now: a distributed checkpoint lacks those made later."""
+        return p.requires_grad or g is not None
+
     def _make_state(self, wanted: set[Tensor], clock: float) -> None:
-        """Slots of every parameter that is or may be trained: a distributed checkpoint lacks those made later."""
-        who = type(self).__name__
+        """Slots of these parameters; of others that have some, what a split selects."""
+        who = self.who
         seats = list(self.seats(self.param_groups, partial(turn_of, clock=clock)))
         seats = [x for x in seats if x[2].p in wanted or x[2].p in self.state]
         for whole, _, member in seats:  # before any state has changed
@@ -273,7 +283,7 @@ class Machine:
         *_, shape = self._laid.get(p, (p.shape,))
         if shape != p.shape and whole.low & {*self.state.get(p, ())}:
             raise ValueError(
-                f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} was {tuple(shape)} when its state was "
+                f"{self.who}: a parameter of shape {tuple(p.shape)} was {tuple(shape)} when its state was "
                 f"made; delete that: del optimizer.state[p]"
             )
 
@@ -294,14 +304,6 @@ class Machine:
                 state[name].zero_()  # new memory would cost more than a step
         self._laid[p] = now
 
-    @torch.no_grad()
-    def init_state(self, step: int = 0) -> None:
-        """Make all slots now, laid out as at that step; 0: the last one's."""
-        check_number(f"{type(self).__name__}.init_state", "step", step, COUNT)
-        params = {p for g in self.param_groups for p in g["params"] if p.requires_grad}
-        self._drop_plans()
-        self._make_state(params, max(1.0, float(step) or self.clock))
-
     def explain(self) -> str:
         """The plan as text: chain, passes, launches, bytes an element, state bytes, backend and why."""
         return describe(self)
@@ -316,9 +318,7 @@ class Machine:
             self.counts_every, self._counted = int(every), None
             self._drop_plans({*self._plans} & {"stats"})
         elif not self.counts_every:
-            raise RuntimeError(
-                f"{type(self).__name__}.stats: nothing is counted; call stats(every=100) before training"
-            )
+            raise RuntimeError(f"{self.who}.stats: nothing is counted; call stats(every=100) before training")
         return self._counted.read() if self._counted else {}
 
     def trace(self, p: Tensor) -> list[tuple[str, Tensor]]:

@@ -9,7 +9,19 @@ from torch import Tensor
 from . import loading
 from .chain import Chain, Placed, assemble
 from .machine import Machine, as_chain, checked_chain
-from .options import DTYPES, IN_GROUPS, Number, brief, builtin, hint, listed, refuse_flags, split_options
+from .options import (
+    COUNT,
+    DTYPES,
+    IN_GROUPS,
+    Number,
+    brief,
+    builtin,
+    check_number,
+    hint,
+    listed,
+    refuse_flags,
+    split_options,
+)
 from .transforms.decay import last_links
 
 
@@ -112,6 +124,14 @@ class Optimizer(Machine, torch.optim.Optimizer):
         if any(g is not None for g in grads):
             self._run(grads)
         return loss
+
+    @torch.no_grad()
+    def init_state(self, step: int = 0) -> None:
+        """Make all slots now, laid out as at that step; 0: the last one's."""
+        check_number(f"{type(self).__name__}.init_state", "step", step, COUNT)
+        params = {p for g in self.param_groups for p in g["params"] if p.requires_grad}
+        self._drop_plans()
+        self._make_state(params, max(1.0, float(step) or self.clock))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load and merge: the same class goes on bitwise; from another optimizer, slots of our names are taken."""

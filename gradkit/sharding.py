@@ -41,6 +41,18 @@ def local_grad(g: Any, p: Any) -> Any:
     return flat.wait() if hasattr(flat, "wait") else flat  # a collective that is still under way has no data yet
 
 
+def store(flat: Tensor, p: Any, g: Any) -> None:
+    """Bring a local tensor in p's layout to the gradient g of p; one of other placements, or expanded, is replaced."""
+    if is_sharded(p) and g.placements != p.placements:
+        p.grad = type(p).from_local(
+            flat, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+    elif 0 in [stride for stride, size in zip(g.stride(), g.shape, strict=True) if size > 1]:
+        p.grad = flat
+    else:
+        local(g).copy_(flat)
+
+
 def slot(p: Any, dtype: torch.dtype, length: int | None = None) -> Any:
     """Zeros laid out like p; with a length a ring of such entries."""
     flat, ring = torch.zeros_like(local(p).detach(), dtype=dtype), () if length is None else (length,)
