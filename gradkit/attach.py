@@ -98,6 +98,7 @@ class Attached(Machine):
         super().__init__([checked_chain("attach", x) for x in transforms], "auto")
         self.optimizer, self.state, self.defaults, self._hooks = optimizer, defaultdict(dict), {}, []
         self._loaded: Loaded | None = None
+        self._marked = False  # whether the optimizer's state may hold marks of what was ours
         self._unscales = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         distinct(self.transforms)
         self._pieces = [x for c in self.transforms for x in c.place()]
@@ -130,7 +131,7 @@ class Attached(Machine):
         found = self._read(self._groups(optimizer.param_groups), entries)
         # nothing has changed up to here
         self._adopt(found, entries)
-        for name, value in self._arguments.items():
+        for name, value in (*self._arguments.items(), (self._clock.removeprefix(IN_GROUP), 0.0)):
             optimizer.param_groups[0].setdefault(IN_GROUP + name, value)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -145,6 +146,7 @@ class Attached(Machine):
 
     def detach(self) -> None:
         """Take the transforms away from the optimizer, with their state and arguments; a second time does nothing."""
+        self._sweep()
         for hook in self._hooks:
             hook.remove()
         for group in self.optimizer.param_groups if self._hooks else ():
@@ -198,6 +200,7 @@ class Attached(Machine):
 
     @torch._disable_dynamo
     def _before_step(self, _: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        self._sweep()
         if kwargs.get("closure") is not None:
             return args, {**kwargs, "closure": self._behind(kwargs["closure"])}
         if callable(next(iter(args[1:]), None)):
@@ -247,6 +250,7 @@ class Attached(Machine):
 
     def _save(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Write our state beside the optimizer's: slots as tensors; numbers as Python's, which loading doesn't cast."""
+        self._sweep()
         state, groups = state_dict["state"], state_dict["param_groups"]
         keys = [key for g in groups for key in g["params"]]
         params = [p for g in optimizer.param_groups for p in g["params"]]
@@ -258,28 +262,27 @@ class Attached(Machine):
             groups[0][key] = float(groups[0][key])
 
     def _before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """Check and take out what is ours, before torch casts it."""
+        """Check and take what is ours, before torch casts it, and leave marks in its place."""
         groups = state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
             return None  # torch says so
         keys, keep = [key for g in groups for key in g["params"]], self._keys()
         arguments = [{k: g[k] for k in keep & {*g}} for g in optimizer.param_groups]
-        for held in arguments:  # how far the file is, the file says
+        for before in arguments:  # how far the file is, the file says
             for name in (self._clock, *(IN_GROUP + n for n in self._kept)):
-                held.pop(name, None)
+                before.pop(name, None)
         merged = [
-            {**g, **held, **{k: saved[k] for k in keep & {*saved}}}
-            for g, held, saved in zip(optimizer.param_groups, arguments, groups, strict=True)
+            {**g, **before, **{k: saved[k] for k in keep & {*saved}}}
+            for g, before, saved in zip(optimizer.param_groups, arguments, groups, strict=True)
         ]
         state = self._read(self._groups(merged), [state_dict["state"].get(key, {}) for key in keys])
-        if optimizer_holds := self._names and not state and state_dict["state"]:
-            assert optimizer_holds
-            log.warning(
-                "%s: the state dict lacks %s: it starts fresh", self.who, ", ".join(sorted(self._names.values()))
-            )
+        fresh = sorted({*self._names.values(), *(IN_GROUP + n for n in self._kept)})
+        if fresh and state_dict["state"] and not keep & {*groups[0]}:
+            log.warning("%s: the state dict lacks %s: it starts fresh", self.who, ", ".join(fresh))
         others = handles(optimizer)
         known = {x for h in others for x in h._names.values()}, {x for h in others for x in h._keys()}
-        lost = {k for e in state_dict["state"].values() for k in e if str(k).startswith(IN_STATE)} - known[0]
+        held = ((k, v) for e in state_dict["state"].values() for k, v in e.items() if v is not None)
+        lost = {k for k, _ in held if str(k).startswith(IN_STATE)} - known[0]
         lost |= {k for g in groups for k in g if k.startswith(IN_GROUP)} - known[1]
         if lost:
             log.warning(
@@ -289,20 +292,33 @@ class Attached(Machine):
             )
         self._loaded = Loaded(state, arguments)
         ours = {*self._names.values(), *lost}
-        entries = {key: {k: v for k, v in e.items() if k not in ours} for key, e in state_dict["state"].items()}
-        entries = {key: e for key, e in entries.items() if e or not state_dict["state"][key]}
+        marked = {key: {k: None if k in ours else v for k, v in e.items()} for key, e in state_dict["state"].items()}
         left = [{k: v for k, v in g.items() if k not in lost} for g in groups]
-        return {**state_dict, "state": entries, "param_groups": left}
+        return {**state_dict, "state": marked, "param_groups": left}
 
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
         """Put back what torch's load has taken no notice of."""
         if self._loaded is not None:
-            for group, held in zip(optimizer.param_groups, self._loaded.arguments, strict=True):
-                for key, value in held.items():
+            for group, before in zip(optimizer.param_groups, self._loaded.arguments, strict=True):
+                for key, value in before.items():
                     group.setdefault(key, value)
             self._drop_plans()
             self.state, self._counted = defaultdict(dict, self._loaded.state), None
             self._loaded = None
+        self._marked = True
+        if type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
+            self._sweep()  # another class's goes on behind this, and may look for every key of the file
+
+    def _sweep(self) -> None:
+        """Take out the marks that a load has left for what was ours."""
+        state = self.optimizer.state
+        for p, entry in list(state.items()) if self._marked else ():
+            marks = [k for k, v in entry.items() if v is None and str(k).startswith(IN_STATE)]
+            for key in marks:
+                del entry[key]
+            if marks and not entry:
+                del state[p]  # or the optimizer would think that it has state
+        self._marked = False
 
     def _read(self, groups: list[dict[str, Any]], entries: Sequence[Mapping[str, Any]]) -> dict[Tensor, dict]:
         """What the entries of parameters hold of ours, at declared dtypes; raises where it belongs to another model."""
@@ -310,7 +326,7 @@ class Attached(Machine):
         for _, program, member in self.seats(groups, partial(turn_of, clock=1.0)):
             p, group, entry, mine = member.p, groups[member.group], entries[member.at], {}
             for name, key in self._names.items():
-                if key not in entry:
+                if entry.get(key) is None:
                     continue
                 if name in self._numbers:
                     memory = name in program.memory

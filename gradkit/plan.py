@@ -269,9 +269,9 @@ class Batch:
         if list(map(Tensor.data_ptr, chain(params, *self.slots.values()))) != self.pointers:
             return False
         given = [grads[i] for i in self.index]
-        mine = given
+        mine = [*given]
         if self.sharded:
-            mine = [sharding.local_grad(g, p) for g, p in zip(mine, self.owners, strict=True)]
+            mine = [sharding.local_grad(g, p) for g, p in zip(given, self.owners, strict=True)]
         try:
             plain = all(map(Tensor.is_contiguous, chain(params, mine))) and not any(map(Tensor.is_neg, mine))
             sizes = list(map(Tensor.numel, mine))
