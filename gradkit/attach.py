@@ -139,6 +139,7 @@ class Attached(Machine):
             optimizer.register_load_state_dict_pre_hook(self._before_load),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        self._refresh()
 
     @property
     def who(self) -> str:
@@ -281,7 +282,8 @@ class Attached(Machine):
             log.warning("%s: the state dict lacks %s: it starts fresh", self.who, ", ".join(fresh))
         others = handles(optimizer)
         known = {x for h in others for x in h._names.values()}, {x for h in others for x in h._keys()}
-        held = ((k, v) for e in state_dict["state"].values() for k, v in e.items() if v is not None)
+        entries = {key: e for key, e in state_dict["state"].items() if isinstance(e, Mapping)}  # an optimizer's own stay
+        held = ((k, v) for e in entries.values() for k, v in e.items() if v is not None)
         lost = {k for k, _ in held if str(k).startswith(IN_STATE)} - known[0]
         lost |= {k for g in groups for k in g if k.startswith(IN_GROUP)} - known[1]
         if lost:
@@ -292,9 +294,9 @@ class Attached(Machine):
             )
         self._loaded = Loaded(state, arguments)
         ours = {*self._names.values(), *lost}
-        marked = {key: {k: None if k in ours else v for k, v in e.items()} for key, e in state_dict["state"].items()}
+        marked = {key: {k: None if k in ours else v for k, v in e.items()} for key, e in entries.items()}
         left = [{k: v for k, v in g.items() if k not in lost} for g in groups]
-        return {**state_dict, "state": marked, "param_groups": left}
+        return {**state_dict, "state": {**state_dict["state"], **marked}, "param_groups": left}
 
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
         """Put back what torch's load has taken no notice of."""
@@ -313,7 +315,8 @@ class Attached(Machine):
         """Take out the marks that a load has left for what was ours."""
         state = self.optimizer.state
         for p, entry in list(state.items()) if self._marked else ():
-            marks = [k for k, v in entry.items() if v is None and str(k).startswith(IN_STATE)]
+            items = entry.items() if isinstance(entry, Mapping) else ()
+            marks = [k for k, v in items if v is None and str(k).startswith(IN_STATE)]
             for key in marks:
                 del entry[key]
             if marks and not entry:
