@@ -277,12 +277,15 @@ class Attached(Machine):
             for g, before, saved in zip(optimizer.param_groups, arguments, groups, strict=True)
         ]
         state = self._read(self._groups(merged), [state_dict["state"].get(key, {}) for key in keys])
-        fresh = sorted({*self._names.values(), *(IN_GROUP + n for n in self._kept)})
-        if fresh and state_dict["state"] and not keep & {*groups[0]}:
-            log.warning("%s: the state dict lacks %s: it starts fresh", self.who, ", ".join(fresh))
+        begun = state_dict["state"] and float(groups[0].get(self._clock, 1.0))
+        fresh = {IN_GROUP + n for n in self._kept} - {*groups[0]} | ({*self._names.values()} if not state else set())
+        if begun and fresh:
+            log.warning("%s: the state dict lacks %s: it starts fresh", self.who, ", ".join(sorted(fresh)))
         others = handles(optimizer)
         known = {x for h in others for x in h._names.values()}, {x for h in others for x in h._keys()}
-        entries = {key: e for key, e in state_dict["state"].items() if isinstance(e, Mapping)}  # an optimizer's own stay
+        entries = {
+            key: e for key, e in state_dict["state"].items() if isinstance(e, Mapping)
+        }  # an optimizer's own stay
         held = ((k, v) for e in entries.values() for k, v in e.items() if v is not None)
         lost = {k for k, _ in held if str(k).startswith(IN_STATE)} - known[0]
         lost |= {k for g in groups for k in g if k.startswith(IN_GROUP)} - known[1]

@@ -436,6 +436,29 @@ def test_keys_of_what_is_not_attached_are_dropped_with_one_warning(caplog):
     assert not any("grokfast" in k for k in ours(other)) and other.param_groups[0]["gradkit.zclip.count"] == 3.0
 
 
+def test_a_file_that_has_lost_the_slots_alone_is_told(caplog):
+    """As torch's flattened one: it keeps what `optimizer.state` has."""
+    _, optimizer, _ = half_way()
+    file = optimizer.state_dict()
+    file["state"] = optimizer.state_dict()["state"] | {
+        key: {k: v for k, v in e.items() if not k.startswith("gradkit_")} for key, e in file["state"].items()
+    }
+    with caplog.at_level(logging.WARNING, "gradkit"):
+        optimizer.load_state_dict(file)
+    (record,) = caplog.records
+    assert "lacks gradkit_grokfast_ma_filter_step" in record.getMessage() and "zclip" not in record.getMessage()
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_a_file_of_step_0_lacks_nothing(cls, caplog):
+    optimizer, other = cls(parameters()), cls(parameters())
+    for x in (optimizer, other):
+        gradkit.attach(x, *pair())
+    with caplog.at_level(logging.WARNING, "gradkit"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not caplog.records
+
+
 def test_loaded_arguments_win_as_lr_does():
     _, optimizer, _ = half_way()
     optimizer.param_groups[0]["gradkit.zclip.z_thresh"] = 4.5

@@ -15,7 +15,15 @@ from gradkit import chain
 from gradkit.explain import expected
 from gradkit.plan import Batch, Pass
 from gradkit.stats import norms
-from gradkit.transforms import adaptive_clip, cautious, clip_by_global_norm, clip_by_norm, clip_by_value, grokfast_ema, zclip
+from gradkit.transforms import (
+    adaptive_clip,
+    cautious,
+    clip_by_global_norm,
+    clip_by_norm,
+    clip_by_value,
+    grokfast_ema,
+    zclip,
+)
 
 BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 ELEMENT = re.compile(r"tensor<\d+x(?:!tt\.ptr<)?(b?f\d+)")
