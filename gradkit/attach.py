@@ -263,7 +263,7 @@ class Attached(Machine):
             groups[0][key] = float(groups[0][key])
 
     def _before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """Check and take what is ours, before torch casts it, and leave marks in its place."""
+        """Check and take out what is ours, before torch casts it."""
         groups = state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in optimizer.param_groups]:
             return None  # torch says so
@@ -297,9 +297,14 @@ class Attached(Machine):
             )
         self._loaded = Loaded(state, arguments)
         ours = {*self._names.values(), *lost}
-        marked = {key: {k: None if k in ours else v for k, v in e.items()} for key, e in entries.items()}
+        self._marked = type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict
+        rest = {key: {k: v for k, v in e.items() if k not in ours} for key, e in entries.items()}
+        if self._marked:  # its own load goes on behind torch's, and may look for every key of the file
+            rest = {key: {k: None if k in ours else v for k, v in e.items()} for key, e in entries.items()}
+        gone = {key for key, e in rest.items() if entries[key] and not e}  # the optimizer had no state there
         left = [{k: v for k, v in g.items() if k not in lost} for g in groups]
-        return {**state_dict, "state": {**state_dict["state"], **marked}, "param_groups": left}
+        state = {key: rest.get(key, e) for key, e in state_dict["state"].items() if key not in gone}
+        return {**state_dict, "state": state, "param_groups": left}
 
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
         """Put back what torch's load has taken no notice of."""
@@ -310,9 +315,6 @@ class Attached(Machine):
             self._drop_plans()
             self.state, self._counted = defaultdict(dict, self._loaded.state), None
             self._loaded = None
-        self._marked = True
-        if type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
-            self._sweep()  # another class's goes on behind this, and may look for every key of the file
 
     def _sweep(self) -> None:
         """Take out the marks that a load has left for what was ours."""
