@@ -25,15 +25,9 @@ LATER = attach("a_class_that_looks_for_every_key_of_a_file_finds_it")
 MUTANTS = (
     *rows(
         "attach.py",
-        ("attach: unscale", "return u * inverse_scale", "return u + 0.0 * inverse_scale", scaled()),
+        ("attach: unscale", "return u * inverse_scale", "return u + inverse_scale - inverse_scale", scaled()),
         ("attach: an overflow", "            if found:\n", "            if False:\n", scaled()),
         ("attach: unscaled once", "optimizer.grad_scale = None", "pass", scaled()),
-        (
-            "attach: g is still scaled",
-            'if "g" in x.link.sees:',
-            "if False:",
-            attach("a_rule_that_asks_for_g_needs_it_unscaled"),
-        ),
         (
             "attach: behind a closure",
             "            loss = closure(*args, **kwargs)\n            self._transform()\n",
