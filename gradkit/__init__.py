@@ -13,6 +13,8 @@
 | `SCALE` | gradients of one size for each output, almost without state | https://arxiv.org/abs/2506.16659 |
 | `FRUGAL` | state for a part of the matrices, signs for the rest | https://arxiv.org/abs/2411.07837 |
 | `Optimizer` | your own chain of rules, measures and transforms | |
+
+`attach(optimizer, ...)` puts transforms of the gradient in front of any other `torch.optim.Optimizer`.
 """
 
 from . import estimators, losses, multiloss, ops, transforms

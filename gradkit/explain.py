@@ -55,11 +55,10 @@ def block(optimizer: "Machine", batches: "list[Batch]") -> list[str]:
         if issubclass(backend, Eager):
             count = f"{len(batch.owners)} x {count} {backend.name}"
         lines.append(f"  launches: {count}; {sum(moved(batch, ps) for ps in passes):.3g} bytes an element")
-        slots = ", ".join(f"{n} {short(d)}" for n, d in batch.slot_dtypes.items())
-        slots += ", compensation" if batch.rounding == "kahan" else ""
-        slots += "".join(f", {n} a tensor" for n in batch.program.memory)
-        slots += "".join(f", {n} once" for n in batch.program.shared)
-        lines.append(f"  state: {slots or 'none'}; {sum(held(batch))} bytes; write-back {batch.rounding}")
+        state = [f"{n} {short(d)}" for n, d in batch.slot_dtypes.items()]
+        state += ["compensation"] * (batch.rounding == "kahan")
+        state += [f"{n} a tensor" for n in batch.program.memory] + [f"{n} once" for n in batch.program.shared]
+        lines.append(f"  state: {', '.join(state) or 'none'}; {sum(held(batch))} bytes; write-back {batch.rounding}")
         lines.append(f"  backend: {backend.name} ({why})")
     return lines
 
