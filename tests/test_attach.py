@@ -553,6 +553,38 @@ def test_groups_follow_the_first_one_and_may_have_their_own_values():
     assert_same(everything(optimizer, params), before)
 
 
+class Plain(torch.optim.Optimizer):
+    """Without a learning rate."""
+
+    def __init__(self, params: Iterable[Tensor], **given: Any):
+        super().__init__(params, given)
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.data.sub_(p.grad)
+
+
+@gradkit.rule
+def by_rate(u, lr):
+    return u * lr
+
+
+def test_a_groups_lr_may_be_anything_and_a_rule_may_ask_for_it():
+    for lr in ({}, {"lr": None}, {"lr": torch.tensor(0.5)}, {"lr": 0.5}):
+        params = parameters()
+        optimizer = Plain(params, **lr)
+        gradkit.attach(optimizer, tx.clip_by_value(0.25))
+        train(optimizer, params, range(2))
+        assert params[0].grad.abs().max() == 0.25
+        if lr.get("lr") is None:
+            with pytest.raises(ValueError, match="by_rate asks for the scalar 'lr', which nobody gives"):
+                gradkit.attach(optimizer, by_rate)
+        else:
+            gradkit.attach(optimizer, by_rate)
+            train(optimizer, params, [2])
+            assert params[0].grad.abs().max() == 0.125
+
+
 def test_names_of_parameters_exclude():
     layer = torch.nn.Linear(3, 3)
     optimizer = sgd(layer.named_parameters())
