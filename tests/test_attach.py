@@ -271,6 +271,25 @@ def test_a_checkpoint_resumes_bitwise(cls, options, tmp_path):
     assert_moved(matrices(cls), values(params))
 
 
+def test_numbers_of_each_tensor_resume_bitwise(tmp_path):
+    """They are float64, beside float32 parameters; a transform named by the user carries its name."""
+    transforms = [tx.adaclip(), tx.adagn(name="calm"), tx.spike_clip(2.0)]
+    params = parameters()
+    optimizer = torch.optim.AdamW(params, lr=0.01)
+    gradkit.attach(optimizer, *transforms)
+    train(optimizer, params, range(5), late=3)
+    file = through_a_file(optimizer.state_dict(), tmp_path)
+    numbers = {"gradkit_adaclip_absmax_avg", "gradkit_calm_norm_avg", "gradkit_calm_norm_sq_avg"}
+    assert {k for k, v in file["state"][0].items() if isinstance(v, float) and not k.endswith("step")} == numbers
+    half = clones(params)
+    other = torch.optim.AdamW(half, lr=0.01)
+    gradkit.attach(other, *transforms)
+    other.load_state_dict(file)
+    train(optimizer, params, range(5, 10))
+    train(other, half, range(5, 10))
+    assert_same(everything(other, half), everything(optimizer, params))
+
+
 THIRD_PARTY = [
     ("pytorch_optimizer", "AdEMAMix", {}),
     ("pytorch_optimizer", "Lion", {}),
