@@ -80,12 +80,12 @@ class Attached(Machine):
     target = "g"
 
     def __init__(self, optimizer: torch.optim.Optimizer, transforms: Sequence[Any]):
-        if not transforms:
-            raise TypeError("attach: give at least one transform, e.g. attach(optimizer, clip_by_global_norm(1.0))")
         super().__init__([checked_chain("attach", x) for x in transforms], "auto")
         distinct(self.transforms)
         self.optimizer, self.state, self.defaults, self._hooks = optimizer, defaultdict(dict), {}, []
         self.links = [x for c in self.transforms for x in c.place()]
+        if not self.links:
+            raise TypeError("attach: give at least one transform, e.g. attach(optimizer, clip_by_global_norm(1.0))")
         self._unscales = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._loaded: Loaded | None = None
         self._marked = False  # whether the optimizer's state may hold marks of what was ours

@@ -823,6 +823,7 @@ def refused() -> Iterable[Any]:
         "nothing": (None, [tx.clip_by_value(1.0)], "None is no torch.optim.Optimizer"),
         "a list": ([torch.optim.AdamW(w())], [tx.clip_by_value(1.0)], "is no torch.optim.Optimizer"),
         "no transform": (torch.optim.AdamW(w()), [], "give at least one transform"),
+        "an empty chain": (torch.optim.AdamW(w()), [gradkit.chain()], "give at least one transform"),
         "a function": (torch.optim.AdamW(w()), [tx.clip_by_value], "is no chain or transform"),
         "pixelwise": (torch.optim.AdamW(w()), [tx.pixelwise_clip(1.0, 1)], "pixelwise_clip works on a tensor"),
         "update": (torch.optim.AdamW(w()), [update()], "cautious.agreement works at the stage UPDATE.*transforms="),
