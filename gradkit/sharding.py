@@ -15,6 +15,15 @@ def is_sharded(t: Tensor) -> bool:
     return module is not None and isinstance(t, getattr(module, "DTensor", ()))
 
 
+def refuse_sharded(who: str, p: Tensor) -> None:
+    """Raise for a parameter of which this rank holds a part: a DTensor, or FSDP's flat one."""
+    if is_sharded(p) or getattr(p, "_is_flat_param", False):
+        raise TypeError(
+            f"{who}: a parameter of shape {tuple(p.shape)} is sharded, which is not supported; "
+            f"replicate parameters on all ranks"
+        )
+
+
 def local(t: Any) -> Any:
     """This rank's plain tensor, sharing storage; to_local() would make a new view of each parameter each step."""
     return t._local_tensor if is_sharded(t) else t

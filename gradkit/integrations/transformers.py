@@ -1,0 +1,156 @@
+"""gradkit in transformers' Trainer: figures of a step to its logs, and Sophia's estimates.
+
+gradkit's optimizers need nothing of this: give one to `Trainer(optimizers=(optimizer, None))`.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..optim.sophia import Sophia
+from ..options import STEPS, brief, check_number
+from ..sharding import refuse_sharded
+from .curvature import estimate
+from .figures import Seen, by_name, overall
+
+try:
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import TrainerCallback
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"gradkit.integrations.transformers: there is no module {error.name!r}; pip install 'gradkit[transformers]'",
+        name=error.name,
+    ) from error
+
+__all__ = ["OptimizerMonitor", "SophiaHessian", "next_tokens"]
+
+LogitsOf = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor | None]]
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer that accelerate has wrapped."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+class OptimizerMonitor(TrainerCallback):
+    """What a step did, to the logs: `opt.stats` of gradkit's optimizers, over all parameters.
+
+        monitor = OptimizerMonitor(every=100)
+        trainer = Trainer(..., callbacks=[monitor])
+        monitor.log = trainer.log
+
+    `<class>/<figure>`; `update_to_weight` is update_norm / weight_norm. `monitor.last` has each parameter's, by name.
+
+    every: steps from one count to the next; the steps between wait for nothing.
+    log: `trainer.log`, which reaches TensorBoard and other reporters; None: `trainer.state.log_history` alone.
+    """
+
+    def __init__(self, every: int = 100, log: Callable[[dict[str, float]], None] | None = None) -> None:
+        check_number("OptimizerMonitor", "every", every, STEPS)
+        self.every, self.log = int(every), log
+        self.last: Seen = {}
+        self._counting: Any = None
+        self._read = 0.0  # the clock at which figures were last read
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._counting = counter = unwrapped(given["optimizer"])
+        if not hasattr(counter, "stats"):
+            raise TypeError(f"OptimizerMonitor: {of_whom(counter)} counts nothing; use an optimizer of gradkit")
+        if self.log is None and args.report_to:
+            warnings.warn(
+                f"OptimizerMonitor: {', '.join(args.report_to)} won't see its figures, which go to "
+                f"trainer.state.log_history; set monitor.log = trainer.log",
+                stacklevel=2,
+            )
+        counter.stats(every=self.every)
+        self._read = counter.clock
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        before, self._read = self._read, self._counting.clock
+        if self._read // self.every <= before // self.every:
+            return
+        self.last = by_name(self._counting, given["model"])
+        label = type(self._counting).__name__
+        found = {f"{label}/{figure}": value for figure, value in overall(self.last, given["model"]).items()}
+        if self.log is None:
+            state.log_history.append({**found, "step": state.global_step})
+            return
+        asked = control.should_log  # which logging clears
+        self.log(found)
+        control.should_log = asked
+
+
+def next_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """A causal language model's logits, and the labels that they are to predict: at each position the next."""
+    asked = {name: value for name, value in inputs.items() if name not in ("labels", "num_items_in_batch")}
+    return model(**asked).logits[:, :-1], inputs["labels"][:, 1:]
+
+
+class SophiaHessian(TrainerCallback):
+    """Gives `gradkit.Sophia` its estimates: one more pass at every `hessian_every`-th step, in front of it.
+
+    Over that step's last micro-batch, of all ranks, with labels drawn from the model's own softmax. What is drawn,
+    dropout included, follows from the optimizer's seed, the step and the rank; `p.grad` and the random numbers of the
+    training are left as they are.
+
+    logits: a function (model, arguments of its forward) -> (logits [..., classes], the labels of the data [...] or
+        None); None: `next_tokens`, for a causal language model. It may take a part of the batch.
+    ignore_index: labels of the data that don't count.
+    """
+
+    def __init__(self, logits: LogitsOf | None = None, *, ignore_index: int = -100) -> None:
+        if logits is not None and not callable(logits):
+            raise TypeError(f"SophiaHessian: logits={brief(logits)}: give a function of (model, inputs)")
+        self.logits, self.ignore_index = logits, ignore_index
+        self._inputs: Mapping[str, Any] | None = None
+        self._hook: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        sophia, model = unwrapped(given["optimizer"]), given["model"]
+        if not isinstance(sophia, Sophia):
+            raise TypeError(
+                f"SophiaHessian: {of_whom(sophia)} takes no estimates; give Trainer gradkit.Sophia, or leave this "
+                f"callback out"
+            )
+        if self.logits is None and getattr(model, "loss_type", None) != "ForCausalLM":
+            raise ValueError(
+                f"SophiaHessian: {type(model).__name__} may predict something else than the next token; give "
+                f"SophiaHessian(lambda model, inputs: (logits, labels)), or SophiaHessian(next_tokens) if it doesn't"
+            )
+        if args.n_gpu > 1:
+            raise RuntimeError("SophiaHessian: DataParallel is not supported; start a process for each GPU (torchrun)")
+        for p in (p for group in sophia.param_groups for p in group["params"]):
+            refuse_sharded("SophiaHessian", p)
+        self.on_train_end()  # of a run that was broken off
+
+        def keep(module: nn.Module, positional: tuple[Any, ...], inputs: Mapping[str, Any]) -> None:
+            if module.training and sophia.hessian_due:
+                self._inputs = inputs
+
+        self._hook = model.register_forward_pre_hook(keep, with_kwargs=True)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        model, wrapped = given["model"], given["optimizer"]
+        sophia, inputs, self._inputs = unwrapped(wrapped), self._inputs, None
+        if not sophia.hessian_due:
+            return
+        if inputs is None:
+            raise RuntimeError("SophiaHessian: Trainer's model was not called in this step; let compute_loss call it")
+        scaler = getattr(wrapped, "scaler", None)
+        factor = 1.0 if scaler is None else scaler.get_scale()  # the scaler itself has done with this step's gradients
+        logits = self.logits or next_tokens
+        estimate(sophia, lambda: logits(model, inputs), args.device, factor, self.ignore_index)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._inputs = None
+
+
+def of_whom(optimizer: Any) -> str:
+    """An optimizer and its package, in a message."""
+    return f"{type(optimizer).__module__.partition('.')[0]}'s {type(optimizer).__name__}"
