@@ -61,7 +61,7 @@ def estimate(
 def drawing(device: torch.device, optimizer: Sophia, rank: int) -> Iterator[None]:
     """Random numbers that follow from the optimizer's seed, the step and the rank; those outside go on as before."""
     seed, name = int(optimizer.param_groups[0]["seed"]), random.stream("sophia_hessian")
-    high, low, *_ = (int(word) for word in random.words(np.int64(0), int(optimizer.clock), rank, seed, name))
+    high, low, *_ = (int(word[0]) for word in random.words(np.arange(1), int(optimizer.clock), rank, seed, name))
     there = None if device.type == "cpu" else torch.get_device_module(device)
     with torch.random.fork_rng([device] if there else [], device_type=device.type if there else "cuda"):
         torch.default_generator.manual_seed(high << 32 | low)

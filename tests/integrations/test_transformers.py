@@ -200,3 +200,339 @@ def test_an_optimizer_of_roles_refuses_trainers_groups_and_takes_params(tmp_path
         groups = Trainer(model, arguments(tmp_path), optimizer_cls_and_kwargs=how).create_optimizer().param_groups
         assert [g["role"] for g in groups] == ["matrix", "embedding", "last", "vector"]
         assert "lm_head.weight" in groups[2]["param_names"]
+
+
+# ---- accelerate: its scaler, and its swap of the parameters ----
+
+
+def test_an_overflow_skips_the_step_as_it_does_for_torchs(tmp_path):
+    """With a real scaler: accelerate has fp16 on accelerators alone, so the wrapper is made as it makes it there."""
+    Accelerator(cpu=True)
+    seen = []
+    for cls in (torch.optim.AdamW, gradkit.AdamW):
+        model, scaler = language_model(), torch.amp.GradScaler("cpu", init_scale=256.0)
+        optimizer = AcceleratedOptimizer(cls(model.parameters(), lr=1e-2), scaler=scaler)
+        skipped = []
+        for step, batch in enumerate(torch.utils.data.DataLoader(sentences(16), batch_size=4)):
+            scaler.scale(model(**batch).loss).backward()
+            if step == 2:
+                model.lm_head.weight.grad[0, 0] = torch.inf
+            scaler.unscale_(optimizer.optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            skipped.append(optimizer.step_was_skipped)
+        assert skipped == [False, False, True, False] and scaler.get_scale() == 128.0
+        seen.append(model)
+    assert optimizer.optimizer.clock == 3
+    for name, p in seen[0].named_parameters():
+        torch.testing.assert_close(seen[1].get_parameter(name), p, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the first step", "after two steps"])
+def test_the_optimizer_goes_on_with_the_parameters_that_accelerate_swaps_in(late):
+    """State is made at the first step, for the parameters that are there by then."""
+    Accelerator(cpu=True)
+    models = [language_model(), language_model()]
+    optimizers = [AcceleratedOptimizer(gradkit.AdamW(model.parameters(), lr=1e-2)) for model in models]
+    for step, batch in enumerate(torch.utils.data.DataLoader(sentences(16), batch_size=4)):
+        if step == 2 * late:
+            twin = copy.deepcopy(models[1])
+            swap = dict(zip(models[1].parameters(), twin.parameters(), strict=True))
+            optimizers[1]._switch_parameters(swap)
+            state = optimizers[1].optimizer.state
+            for p in list(state):  # theirs, too
+                state[swap[p]] = state.pop(p)
+            models[1] = twin
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(*models)
+    assert set(optimizers[1].optimizer.state) == set(models[1].parameters())
+
+
+# ---- OptimizerMonitor ----
+
+
+class Recorder(TrainerCallback):
+    """As TensorBoard's callback: it stands before those of the user."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.logged.append({"step": state.global_step, **logs})
+
+
+def test_the_monitor_logs_on_the_steps_that_count_and_reads_on_no_other(tmp_path, monkeypatch):
+    recorder, monitor = Recorder(), OptimizerMonitor(every=3)
+    model = language_model()
+    optimizer = gradkit.AdamW(model.parameters(), lr=1e-2, transforms=[clip_by_global_norm(0.1)])
+    args = arguments(tmp_path, max_steps=7, logging_steps=3, max_grad_norm=0.0)
+    how = {"train_dataset": sentences(), "optimizers": (optimizer, None), "callbacks": [recorder, monitor]}
+    trainer = Trainer(model, args, **how)
+    monitor.log = trainer.log
+    read, clipped = [], optimizer.stats
+    monkeypatch.setattr(optimizer, "stats", lambda *a, **k: read.append((a, k, trainer.state.global_step)) or clipped(*a, **k))
+    trainer.train()
+    assert read == [((), {"every": 3}, 0), ((), {}, 3), ((), {}, 6)]
+    rows = [row for row in recorder.logged if "AdamW/update_norm" in row]
+    assert [row["step"] for row in rows] == [3, 6] and rows == [
+        {"step": row["step"], **row} for row in trainer.state.log_history if "AdamW/update_norm" in row
+    ]
+    losses = [row["step"] for row in recorder.logged if "loss" in row]
+    assert losses == [3, 6], "Trainer's own rows are as they would be without"
+    last, norm = rows[-1], sum(seen["grad_norm"] ** 2 for seen in monitor.last.values()) ** 0.5
+    assert last["AdamW/grad_norm"] == pytest.approx(norm) and norm > 0.1
+    assert last["AdamW/clip_by_global_norm.norm_after"] == pytest.approx(0.1, rel=1e-3)
+    assert 0.9 < last["AdamW/clip_by_global_norm.clipped"] <= 1.0
+    assert last["AdamW/update_to_weight"] == last["AdamW/update_norm"] / last["AdamW/weight_norm"]
+    assert set(monitor.last) == {name for name, _ in model.named_parameters()}
+
+
+def test_figures_of_all_parameters_are_weighed_by_their_entries():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(3))
+
+    norms = {"update_norm": 3.0, "weight_norm": 6.0}
+    seen = {
+        "a": {**norms, "clip.clipped": 1.0, "x.spikes": 2.0, "resets": 1.0, "update_to_weight": 0.5},
+        "b": {"update_norm": 4.0, "weight_norm": 8.0, "clip.clipped": 0.0, "x.spikes": 3.0, "resets": 1.0},
+    }
+    from gradkit.integrations.figures import overall
+
+    assert overall(seen, Model()) == {
+        "update_norm": 5.0,
+        "weight_norm": 10.0,
+        "update_to_weight": 0.5,
+        "clip.clipped": 0.25,
+        "x.spikes": 5.0,
+        "resets": 1.0,
+    }
+
+
+def test_without_log_figures_go_to_the_history_and_reporters_are_named(tmp_path):
+    args = arguments(tmp_path, max_steps=2)
+    how = {"train_dataset": sentences(), "optimizer_cls_and_kwargs": (gradkit.Lion, {"lr": 1e-3})}
+    trainer = Trainer(language_model(), args, callbacks=[OptimizerMonitor(every=2)], **how)
+    trainer.train()
+    (row,) = [row for row in trainer.state.log_history if "Lion/update_norm" in row]
+    assert row["step"] == 2 and row["Lion/update_to_weight"] > 0
+    trainer.args.report_to = ["tensorboard"]
+    with pytest.warns(UserWarning, match="OptimizerMonitor: tensorboard won't see its figures.*monitor.log = trainer.log"):
+        trainer.train()
+
+
+def test_a_skipped_step_counts_nothing(tmp_path):
+    """After an overflow the clock stands, and the figures of the step before are not logged again."""
+    monitor, optimizer = OptimizerMonitor(every=1), gradkit.Lion([p := nn.Parameter(torch.ones(2))], lr=1e-3)
+    args, state = arguments(tmp_path), type("State", (), {"log_history": [], "global_step": 1})()
+    model = nn.Module()
+    model.p = p
+    monitor.on_train_begin(args, state, None, optimizer=optimizer)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    for _ in range(2):
+        monitor.on_step_end(args, state, None, optimizer=optimizer, model=model)
+    assert len(state.log_history) == 1
+
+
+# ---- SophiaHessian ----
+
+
+def likeliest(logits: Tensor, ignore_index: int = -100, *, targets: Tensor) -> Tensor:
+    return logits.argmax(-1).masked_fill(targets == ignore_index, ignore_index)
+
+
+def sophia_run(folder: Path, callbacks: list[TrainerCallback], **given: Any) -> Trainer:
+    model = language_model(attention_dropout=0.1)
+    how = (gradkit.Sophia, {"lr": 1e-3, "hessian_every": 2})
+    data = sentences()
+    for row in data[::3]:
+        row["labels"] = row["labels"].clone()
+        row["labels"][:3] = -100
+    args = arguments(folder, gradient_accumulation_steps=2, **given)
+    return Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=how, callbacks=callbacks)
+
+
+def test_sophias_estimate_is_that_of_the_steps_last_micro_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(curvature, "gnb_labels", likeliest)
+    seen: list[Any] = []
+
+    class Twin(TrainerCallback):
+        """The page's loop on a copy, with the batch that compute_loss has had."""
+
+        def on_pre_optimizer_step(self, args, state, control, **given):
+            model, sophia = given["model"], given["optimizer"].optimizer
+            twin = copy.deepcopy(model).eval()  # no dropout
+            other = gradkit.Sophia(twin.parameters())
+            batch = seen[-1]
+            logits, targets = twin(input_ids=batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:]
+            labels = likeliest(logits, targets=targets)
+            F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+            other.update_hessian(batch_size=int((labels != -100).sum()))
+            self.due = sophia.hessian_due
+            self.expected = [other.state[p]["hessian"] for p in twin.parameters()]
+            self.grads = [p.grad.clone() for p in model.parameters()]
+            self.before = [sophia.state[p]["hessian"].clone() if p in sophia.state else 0.0 for p in model.parameters()]
+
+    class Compare(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **given):
+            sophia = given["optimizer"].optimizer
+            for p, h, g, old in zip(given["model"].parameters(), twin.expected, twin.grads, twin.before, strict=True):
+                assert torch.equal(p.grad, g)
+                if twin.due:
+                    torch.testing.assert_close(sophia.state[p]["hessian"], h + 0.99 * old, rtol=1e-4, atol=1e-9)
+            steps.append(twin.due)
+
+    class Looking(Trainer):
+        def compute_loss(self, model, inputs, **given):
+            seen.append(inputs)
+            return super().compute_loss(model, inputs, **given)
+
+    twin, steps = Twin(), []
+    monkeypatch.setattr("tests.integrations.test_transformers.Trainer", Looking)
+    trainer = sophia_run(tmp_path, [twin, SophiaHessian(), Compare()], max_steps=4)
+    trainer.model.config.attention_dropout = 0.0
+    for module in trainer.model.modules():
+        module.attention_dropout = 0.0
+    trainer.train()
+    assert steps == [True, False, True, False]
+    assert any(h.any() for h in twin.expected) and not trainer.model._forward_pre_hooks
+
+
+def test_estimates_leave_the_trainings_random_numbers_alone_and_resume(tmp_path):
+    def saving(**given: Any) -> Trainer:
+        return sophia_run(tmp_path, [SophiaHessian()], max_steps=5, save_strategy="steps", save_steps=3, bf16=True)
+
+    straight = saving()
+    straight.train()
+    after = torch.rand(4)
+    resumed = saving()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(straight.model, resumed.model)
+    hessians = [s["hessian"] for s in resumed.optimizer.optimizer.state.values()]
+    assert all(h.any() for h in hessians)
+    without = sophia_run(tmp_path / "without", [], max_steps=5, bf16=True)
+    without.train()
+    assert torch.equal(torch.rand(4), after), "as many numbers were drawn as without estimates"
+
+
+def test_a_scaled_estimate_is_the_plain_one(monkeypatch):
+    monkeypatch.setattr(curvature, "gnb_labels", likeliest)
+    hessians = []
+    for factor in (1.0, 1024.0):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        model.weight.grad = torch.ones(3, 4)
+        optimizer = gradkit.Sophia(model.parameters())
+        x = torch.randn(6, 4)
+        curvature.estimate(optimizer, lambda m=model, x=x: (m(x), torch.ones(6)), torch.device("cpu"), factor)
+        hessians.append([optimizer.state[p]["hessian"] for p in model.parameters()])
+        assert torch.equal(model.weight.grad, torch.ones(3, 4)) and model.bias.grad is None
+    assert hessians[0][0].any()
+    torch.testing.assert_close(*hessians, rtol=1e-6, atol=0)
+
+
+def test_a_batch_without_labels_gives_no_estimate():
+    model = nn.Linear(4, 3)
+    optimizer = gradkit.Sophia(model.parameters())
+    ignored = torch.full((6,), -100)
+    curvature.estimate(optimizer, lambda: (model(torch.randn(6, 4)), ignored), torch.device("cpu"))
+    assert not optimizer.state
+
+
+# ---- several losses ----
+
+
+class TwoLosses(Trainer):
+    """The page's: the next token, and the one after it."""
+
+    def __init__(self, *args: Any, method: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self.method = method
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            losses = [loss / self.current_gradient_accumulation_steps for loss in two_losses(model, inputs)]
+        gradkit.backward(losses, self.optimizer, self.method, scaler=self.accelerator.scaler)
+        return sum(losses).detach()
+
+
+def two_losses(model: nn.Module, inputs: Any) -> list[Tensor]:
+    logits, labels = model(input_ids=inputs["input_ids"]).logits, inputs["labels"]
+    return [F.cross_entropy(logits[:, :-k].flatten(0, 1).float(), labels[:, k:].flatten()) for k in (1, 2)]
+
+
+def test_several_losses_go_through_trainer_as_through_a_loop_of_ones_own(tmp_path):
+    model, method = language_model(), PCGrad()
+    how: Any = {"optimizer_cls_and_kwargs": (gradkit.AdamW, {"lr": 1e-2}), "train_dataset": sentences()}
+    args = arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2, lr_scheduler_type="constant")
+    trainer = TwoLosses(model, args, method=method, **how)
+    trainer.train()
+    assert method.calls == 6
+
+    twin, own = language_model(), PCGrad()
+    optimizer = gradkit.AdamW(twin.parameters(), lr=1e-2, weight_decay=args.weight_decay)
+    torch.manual_seed(args.seed)
+    batches = list(trainer.get_train_dataloader())
+    for pair in zip(batches[0:6:2], batches[1:6:2], strict=True):
+        for inputs in pair:
+            gradkit.backward([loss / 2 for loss in two_losses(twin, inputs)], optimizer, own)
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(model, twin)
+
+
+# ---- what is wrong, before anything has changed ----
+
+
+def raised(folder: Path, callback: TrainerCallback, error: type, match: str, model: Any = None, cls: Any = None) -> None:
+    model = model or language_model()
+    how: Any = {"train_dataset": sentences(), "optimizer_cls_and_kwargs": (cls or torch.optim.AdamW, {"lr": 1e-3})}
+    before = weights(model)
+    with pytest.raises(error, match=match):
+        Trainer(model, arguments(folder), callbacks=[callback], **how).train()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_what_does_not_fit_is_refused_before_training(tmp_path):
+    raised(tmp_path, OptimizerMonitor(), TypeError, "OptimizerMonitor: torch's AdamW counts nothing; use an optimizer")
+    raised(tmp_path, SophiaHessian(), TypeError, "SophiaHessian: torch's AdamW takes no estimates; give Trainer gradkit")
+    for every in (0, 1.5, "2"):
+        with pytest.raises((TypeError, ValueError), match="OptimizerMonitor: every="):
+            OptimizerMonitor(every=every)
+    with pytest.raises(TypeError, match=r"SophiaHessian: logits=3: give a function of \(model, inputs\)"):
+        SophiaHessian(3)
+    model = language_model()
+    model.loss_type = None
+    match = r"SophiaHessian: LlamaForCausalLM may predict something else than the next token; give SophiaHessian\("
+    raised(tmp_path, SophiaHessian(), ValueError, match, model=model, cls=gradkit.Sophia)
+    match = "SophiaHessian: Trainer's model was not called in this step"
+
+    class Elsewhere(Trainer):
+        def compute_loss(self, model, inputs, **given):
+            return F.cross_entropy(model.model.embed_tokens.weight[:3], torch.arange(3))
+
+    how: Any = {"optimizer_cls_and_kwargs": (gradkit.Sophia, {"lr": 1e-3}), "train_dataset": sentences()}
+    with pytest.raises(RuntimeError, match=match):
+        Elsewhere(language_model(), arguments(tmp_path), callbacks=[SophiaHessian()], **how).train()
+
+
+def test_logits_of_ones_own_are_taken(tmp_path):
+    model, asked = language_model(), []
+    model.loss_type = None
+
+    def logits(model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
+        asked.append(set(inputs))
+        return next_tokens(model, inputs)
+
+    how: Any = {"optimizer_cls_and_kwargs": (gradkit.Sophia, {"lr": 1e-3}), "train_dataset": sentences()}
+    Trainer(model, arguments(tmp_path, max_steps=2), callbacks=[SophiaHessian(logits)], **how).train()
+    assert len(asked) == 1 and {"input_ids", "labels"} <= asked[0]
