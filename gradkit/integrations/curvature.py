@@ -42,7 +42,8 @@ def estimate(
         classes, drawn = logits.flatten(0, -2).float(), labels.flatten()
         summed = F.cross_entropy(classes, drawn, ignore_index=ignore_index, reduction="sum")
         loss = summed * (ranks / count)  # whose mean over the ranks is that over all labels
-        found = [list(torch.autograd.grad(loss * factor, trained, allow_unused=True))]  # DDP's hooks don't see it
+        found: list[list[Tensor | None]]  # DDP's hooks don't see this:
+        found = [list(torch.autograd.grad(loss * factor, trained, allow_unused=True))]
     if ranks > 1:
         average(found)
     grads = dict(zip(trained, found[0], strict=True))

@@ -3,7 +3,6 @@
 import copy
 import difflib
 import inspect
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,15 @@ from gradkit.integrations import curvature
 from gradkit.integrations.transformers import OptimizerMonitor, SophiaHessian, next_tokens
 from gradkit.multiloss import PCGrad
 from gradkit.transforms import clip_by_global_norm
-from tests.integrations.tiny import LENGTH, arguments, language_model, sentences
+from tests.integrations.tiny import (
+    TwoLosses,
+    arguments,
+    assert_same_way,
+    language_model,
+    likeliest,
+    sentences,
+    two_losses,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -127,10 +134,7 @@ def test_one_line_changes_and_the_model_is_the_one_that_torchs_adamw_trains(befo
     old, new = (inspect.getsource(script).splitlines()[1:] for script in (before, after))
     changed = [line for line in difflib.ndiff(old, new) if line[0] in "+-"]
     assert len(changed) == 2 and changed[1].replace("gradkit.", "torch.optim.")[1:] == changed[0][1:], changed
-    untrained, first, second = language_model(), before(tmp_path / "before"), after(tmp_path / "after")
-    for name, p in first.named_parameters():
-        torch.testing.assert_close(second.get_parameter(name), p, rtol=2e-4, atol=2e-6)
-        assert not torch.equal(p, untrained.get_parameter(name)), name
+    assert_same_way(before(tmp_path / "before"), after(tmp_path / "after"))
 
 
 # ---- checkpoints ----
@@ -225,8 +229,7 @@ def test_an_overflow_skips_the_step_as_it_does_for_torchs(tmp_path):
         assert skipped == [False, False, True, False] and scaler.get_scale() == 128.0
         seen.append(model)
     assert optimizer.optimizer.clock == 3
-    for name, p in seen[0].named_parameters():
-        torch.testing.assert_close(seen[1].get_parameter(name), p, rtol=2e-4, atol=2e-6)
+    assert_same_way(*seen)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before the first step", "after two steps"])
@@ -274,7 +277,9 @@ def test_the_monitor_logs_on_the_steps_that_count_and_reads_on_no_other(tmp_path
     trainer = Trainer(model, args, **how)
     monitor.log = trainer.log
     read, clipped = [], optimizer.stats
-    monkeypatch.setattr(optimizer, "stats", lambda *a, **k: read.append((a, k, trainer.state.global_step)) or clipped(*a, **k))
+    monkeypatch.setattr(
+        optimizer, "stats", lambda *a, **k: read.append((a, k, trainer.state.global_step)) or clipped(*a, **k)
+    )
     trainer.train()
     assert read == [((), {"every": 3}, 0), ((), {}, 3), ((), {}, 6)]
     rows = [row for row in recorder.logged if "AdamW/update_norm" in row]
@@ -322,7 +327,9 @@ def test_without_log_figures_go_to_the_history_and_reporters_are_named(tmp_path)
     (row,) = [row for row in trainer.state.log_history if "Lion/update_norm" in row]
     assert row["step"] == 2 and row["Lion/update_to_weight"] > 0
     trainer.args.report_to = ["tensorboard"]
-    with pytest.warns(UserWarning, match="OptimizerMonitor: tensorboard won't see its figures.*monitor.log = trainer.log"):
+    with pytest.warns(
+        UserWarning, match="OptimizerMonitor: tensorboard won't see its figures.*monitor.log = trainer.log"
+    ):
         trainer.train()
 
 
@@ -343,19 +350,17 @@ def test_a_skipped_step_counts_nothing(tmp_path):
 # ---- SophiaHessian ----
 
 
-def likeliest(logits: Tensor, ignore_index: int = -100, *, targets: Tensor) -> Tensor:
-    return logits.argmax(-1).masked_fill(targets == ignore_index, ignore_index)
-
-
-def sophia_run(folder: Path, callbacks: list[TrainerCallback], **given: Any) -> Trainer:
-    model = language_model(attention_dropout=0.1)
+def sophia_run(
+    folder: Path, callbacks: list[TrainerCallback], dropout: float = 0.1, trainer: type[Trainer] = Trainer, **given: Any
+) -> Trainer:
+    model = language_model(attention_dropout=dropout)
     how = (gradkit.Sophia, {"lr": 1e-3, "hessian_every": 2})
     data = sentences()
     for row in data[::3]:
         row["labels"] = row["labels"].clone()
         row["labels"][:3] = -100
     args = arguments(folder, gradient_accumulation_steps=2, **given)
-    return Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=how, callbacks=callbacks)
+    return trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=how, callbacks=callbacks)
 
 
 def test_sophias_estimate_is_that_of_the_steps_last_micro_batch(tmp_path, monkeypatch):
@@ -367,7 +372,7 @@ def test_sophias_estimate_is_that_of_the_steps_last_micro_batch(tmp_path, monkey
 
         def on_pre_optimizer_step(self, args, state, control, **given):
             model, sophia = given["model"], given["optimizer"].optimizer
-            twin = copy.deepcopy(model).eval()  # no dropout
+            twin = copy.deepcopy(model)
             other = gradkit.Sophia(twin.parameters())
             batch = seen[-1]
             logits, targets = twin(input_ids=batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:]
@@ -394,11 +399,7 @@ def test_sophias_estimate_is_that_of_the_steps_last_micro_batch(tmp_path, monkey
             return super().compute_loss(model, inputs, **given)
 
     twin, steps = Twin(), []
-    monkeypatch.setattr("tests.integrations.test_transformers.Trainer", Looking)
-    trainer = sophia_run(tmp_path, [twin, SophiaHessian(), Compare()], max_steps=4)
-    trainer.model.config.attention_dropout = 0.0
-    for module in trainer.model.modules():
-        module.attention_dropout = 0.0
+    trainer = sophia_run(tmp_path, [twin, SophiaHessian(), Compare()], 0.0, Looking, max_steps=4)
     trainer.train()
     assert steps == [True, False, True, False]
     assert any(h.any() for h in twin.expected) and not trainer.model._forward_pre_hooks
@@ -448,27 +449,6 @@ def test_a_batch_without_labels_gives_no_estimate():
 # ---- several losses ----
 
 
-class TwoLosses(Trainer):
-    """The page's: the next token, and the one after it."""
-
-    def __init__(self, *args: Any, method: Any, **given: Any) -> None:
-        super().__init__(*args, **given)
-        self.method = method
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        model.train()
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            losses = [loss / self.current_gradient_accumulation_steps for loss in two_losses(model, inputs)]
-        gradkit.backward(losses, self.optimizer, self.method, scaler=self.accelerator.scaler)
-        return sum(losses).detach()
-
-
-def two_losses(model: nn.Module, inputs: Any) -> list[Tensor]:
-    logits, labels = model(input_ids=inputs["input_ids"]).logits, inputs["labels"]
-    return [F.cross_entropy(logits[:, :-k].flatten(0, 1).float(), labels[:, k:].flatten()) for k in (1, 2)]
-
-
 def test_several_losses_go_through_trainer_as_through_a_loop_of_ones_own(tmp_path):
     model, method = language_model(), PCGrad()
     how: Any = {"optimizer_cls_and_kwargs": (gradkit.AdamW, {"lr": 1e-2}), "train_dataset": sentences()}
@@ -493,7 +473,9 @@ def test_several_losses_go_through_trainer_as_through_a_loop_of_ones_own(tmp_pat
 # ---- what is wrong, before anything has changed ----
 
 
-def raised(folder: Path, callback: TrainerCallback, error: type, match: str, model: Any = None, cls: Any = None) -> None:
+def raised(
+    folder: Path, callback: TrainerCallback, error: type, match: str, model: Any = None, cls: Any = None
+) -> None:
     model = model or language_model()
     how: Any = {"train_dataset": sentences(), "optimizer_cls_and_kwargs": (cls or torch.optim.AdamW, {"lr": 1e-3})}
     before = weights(model)
@@ -504,7 +486,9 @@ def raised(folder: Path, callback: TrainerCallback, error: type, match: str, mod
 
 def test_what_does_not_fit_is_refused_before_training(tmp_path):
     raised(tmp_path, OptimizerMonitor(), TypeError, "OptimizerMonitor: torch's AdamW counts nothing; use an optimizer")
-    raised(tmp_path, SophiaHessian(), TypeError, "SophiaHessian: torch's AdamW takes no estimates; give Trainer gradkit")
+    raised(
+        tmp_path, SophiaHessian(), TypeError, "SophiaHessian: torch's AdamW takes no estimates; give Trainer gradkit"
+    )
     for every in (0, 1.5, "2"):
         with pytest.raises((TypeError, ValueError), match="OptimizerMonitor: every="):
             OptimizerMonitor(every=every)
