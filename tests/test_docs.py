@@ -62,7 +62,9 @@ def names(page: Path) -> str:
 
 
 def public(dotted: str) -> Any:
-    """What a user finds under `gradkit.<name>`."""
+    """What a user finds under `gradkit.<name>`; `import gradkit` leaves the integrations alone."""
+    if dotted.startswith("gradkit.integrations."):
+        return lookup(dotted)
     return operator.attrgetter(dotted.removeprefix("gradkit."))(gradkit)
 
 

@@ -244,3 +244,13 @@ def test_one_line_is_attached_to_torchs_adamw(tmp_path: Path) -> None:
     assert {"clean batches", "broken batches", "with zclip"} <= {*rows}, output
     assert float(rows["with zclip"]) < float(rows["broken batches"])
     assert "chain: zclip.energy -> zclip.scale" in output and "equal bit for bit" in output
+
+
+def test_trainer_takes_each_optimizer_and_resumes(tmp_path: Path) -> None:
+    output = run(tmp_path, "examples/transformers_trainer.py", "--steps", "4")
+    rows = re.findall(r"^(\S+) +(\d\.\d{4})   (-|\d\.\de-\d\d -> \d\.\de-\d\d)$", output, re.MULTILINE)
+    losses = {name: float(loss) for name, loss, _ in rows}
+    assert tuple(losses) == ("torch.optim.AdamW", "AdamW", "AdEMAMix", "Lion", "Sophia", "SCALE"), output
+    assert abs(losses["AdamW"] - losses["torch.optim.AdamW"]) <= 0.0002
+    assert [ratio == "-" for *_, ratio in rows] == [True, *[False] * 5]
+    assert "AdEMAMix and Sophia end in the same weights bit for bit" in output

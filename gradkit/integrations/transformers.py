@@ -128,7 +128,7 @@ class SophiaHessian(TrainerCallback):
         self.on_train_end()  # of a run that was broken off
 
         def keep(module: nn.Module, positional: tuple[Any, ...], inputs: Mapping[str, Any]) -> None:
-            if module.training and sophia.hessian_due:
+            if module is model and sophia.hessian_due:  # a copy of the model has a copy of the hook
                 self._inputs = inputs
 
         self._hook = model.register_forward_pre_hook(keep, with_kwargs=True)

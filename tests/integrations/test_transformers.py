@@ -20,12 +20,12 @@ from gradkit.integrations import curvature
 from gradkit.integrations.transformers import OptimizerMonitor, SophiaHessian, next_tokens
 from gradkit.multiloss import PCGrad
 from gradkit.transforms import clip_by_global_norm
-from tests.integrations.tiny import (
+from tests.integrations.test_parts import likeliest
+from tests.integrations.transformers_models import (
     TwoLosses,
     arguments,
     assert_same_way,
     language_model,
-    likeliest,
     sentences,
     two_losses,
 )
@@ -296,29 +296,6 @@ def test_the_monitor_logs_on_the_steps_that_count_and_reads_on_no_other(tmp_path
     assert set(monitor.last) == {name for name, _ in model.named_parameters()}
 
 
-def test_figures_of_all_parameters_are_weighed_by_their_entries():
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(3))
-
-    norms = {"update_norm": 3.0, "weight_norm": 6.0}
-    seen = {
-        "a": {**norms, "clip.clipped": 1.0, "x.spikes": 2.0, "resets": 1.0, "update_to_weight": 0.5},
-        "b": {"update_norm": 4.0, "weight_norm": 8.0, "clip.clipped": 0.0, "x.spikes": 3.0, "resets": 1.0},
-    }
-    from gradkit.integrations.figures import overall
-
-    assert overall(seen, Model()) == {
-        "update_norm": 5.0,
-        "weight_norm": 10.0,
-        "update_to_weight": 0.5,
-        "clip.clipped": 0.25,
-        "x.spikes": 5.0,
-        "resets": 1.0,
-    }
-
-
 def test_without_log_figures_go_to_the_history_and_reporters_are_named(tmp_path):
     args = arguments(tmp_path, max_steps=2)
     how = {"train_dataset": sentences(), "optimizer_cls_and_kwargs": (gradkit.Lion, {"lr": 1e-3})}
@@ -420,30 +397,6 @@ def test_estimates_leave_the_trainings_random_numbers_alone_and_resume(tmp_path)
     without = sophia_run(tmp_path / "without", [], max_steps=5, bf16=True)
     without.train()
     assert torch.equal(torch.rand(4), after), "as many numbers were drawn as without estimates"
-
-
-def test_a_scaled_estimate_is_the_plain_one(monkeypatch):
-    monkeypatch.setattr(curvature, "gnb_labels", likeliest)
-    hessians = []
-    for factor in (1.0, 1024.0):
-        torch.manual_seed(0)
-        model = nn.Linear(4, 3)
-        model.weight.grad = torch.ones(3, 4)
-        optimizer = gradkit.Sophia(model.parameters())
-        x = torch.randn(6, 4)
-        curvature.estimate(optimizer, lambda m=model, x=x: (m(x), torch.ones(6)), torch.device("cpu"), factor)
-        hessians.append([optimizer.state[p]["hessian"] for p in model.parameters()])
-        assert torch.equal(model.weight.grad, torch.ones(3, 4)) and model.bias.grad is None
-    assert hessians[0][0].any()
-    torch.testing.assert_close(*hessians, rtol=1e-6, atol=0)
-
-
-def test_a_batch_without_labels_gives_no_estimate():
-    model = nn.Linear(4, 3)
-    optimizer = gradkit.Sophia(model.parameters())
-    ignored = torch.full((6,), -100)
-    curvature.estimate(optimizer, lambda: (model(torch.randn(6, 4)), ignored), torch.device("cpu"))
-    assert not optimizer.state
 
 
 # ---- several losses ----

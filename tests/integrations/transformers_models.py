@@ -34,11 +34,6 @@ def arguments(folder: Path, **given: Any) -> TrainingArguments:
     return TrainingArguments(str(folder), **{**usual, **quiet, **given})
 
 
-def likeliest(logits: Tensor, ignore_index: int = -100, *, targets: Tensor) -> Tensor:
-    """In place of `gnb_labels`: nothing is drawn."""
-    return logits.argmax(-1).masked_fill(targets == ignore_index, ignore_index)
-
-
 class TwoLosses(Trainer):
     """The page's: the next token, and the one after it."""
 

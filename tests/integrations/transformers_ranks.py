@@ -24,12 +24,12 @@ from gradkit.integrations import curvature
 from gradkit.integrations.transformers import OptimizerMonitor, SophiaHessian
 from gradkit.multiloss import PCGrad
 from gradkit.transforms import clip_by_global_norm
-from tests.integrations.tiny import (
+from tests.integrations.test_parts import likeliest
+from tests.integrations.transformers_models import (
     TwoLosses,
     arguments,
     assert_same_way,
     language_model,
-    likeliest,
     sentences,
     two_losses,
 )

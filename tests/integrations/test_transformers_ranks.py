@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.integrations import on_two_ranks
+from tests.integrations import transformers_ranks
 from tests.sharding.world import run_world
 
 
@@ -10,10 +10,10 @@ from tests.sharding.world import run_world
 def world(request, tmp_path_factory):
     """Run the chosen cases in one world: each process imports transformers once."""
     chosen = [item.callspec.params["name"] for item in request.session.items if "world" in item.fixturenames]
-    return run_world({n: on_two_ranks.CASES[n] for n in chosen}, tmp_path_factory.mktemp("world"))
+    return run_world({n: transformers_ranks.CASES[n] for n in chosen}, tmp_path_factory.mktemp("world"))
 
 
-@pytest.mark.parametrize("name", on_two_ranks.CASES)
+@pytest.mark.parametrize("name", transformers_ranks.CASES)
 def test_on_two_ranks(world, name):
     errors = [f"rank {rank}:\n{error}" for rank, error in enumerate(world[name]) if error]
     assert not errors, "\n".join(errors)
