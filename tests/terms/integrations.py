@@ -58,11 +58,5 @@ MUTANTS = (
         "integrations/transformers.py",
         ("monitor: reads where it counts", "self._read // self.every <= before // self.every", "False", LOGGED),
         ("monitor: Trainer's rows stay", "control.should_log = asked", "pass", LOGGED),
-        (
-            "estimate: when it is due",
-            "        if not sophia.hessian_due:\n            return\n",
-            "",
-            trainer("sophias_estimate_is_that_of_the_steps_last_micro_batch"),
-        ),
     ),
 )
