@@ -1,11 +1,14 @@
 """What a step did, by the names of a model's parameters and over all of them, for a logger."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import sqrt
 from typing import Any
 
 from torch import nn
+
+from ..attach import label
+from ..chain import Chain
 
 Seen = dict[str, dict[str, float]]
 SHARES = ("clipped", "win_rate")
@@ -47,3 +50,8 @@ def with_ratio(seen: Mapping[str, float]) -> dict[str, float]:
     if not seen.get("weight_norm"):
         return dict(seen)
     return {**seen, "update_to_weight": seen["update_norm"] / seen["weight_norm"]}
+
+
+def clips(transforms: Iterable[Chain]) -> list[str]:
+    """The names of those that clip, by what they count."""
+    return [label(x) for c in transforms for x in c.place() if getattr(x.link, "counts", "")]

@@ -1,4 +1,4 @@
-"""gradkit in transformers' Trainer: figures of a step to its logs, and Sophia's estimates.
+"""gradkit in transformers' Trainer: transforms for any optimizer, figures of a step to its logs, Sophia's estimates.
 
 gradkit's optimizers need nothing of this: give one to `Trainer(optimizers=(optimizer, None))`.
 """
@@ -9,11 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..attach import Attached, attach, handles
+from ..chain import Chain
+from ..machine import checked_chain
 from ..optim.sophia import Sophia
+from ..optimizer import Optimizer
 from ..options import STEPS, brief, check_number
 from ..sharding import refuse_sharded
 from .curvature import estimate
-from .figures import Seen, by_name, overall
+from .figures import Seen, by_name, clips, overall
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -24,7 +28,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-__all__ = ["OptimizerMonitor", "SophiaHessian", "next_tokens"]
+__all__ = ["GradientTransforms", "OptimizerMonitor", "SophiaHessian", "next_tokens"]
 
 LogitsOf = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor | None]]
 
@@ -36,6 +40,49 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
+class GradientTransforms(TrainerCallback):
+    """Transforms of the gradient for whatever optimizer Trainer has: `gradkit.attach`, when it is there.
+
+        Trainer(..., callbacks=[GradientTransforms(zclip())])
+
+    They rewrite `p.grad` once a step, behind accumulation and **behind Trainer's own clip**: `max_grad_norm`, 1.0
+    unless you say 0.0. Their state is in the checkpoint, with the optimizer's. gradkit's own optimizers take
+    `transforms=[...]` instead.
+    """
+
+    def __init__(self, *transforms: Chain) -> None:
+        if not transforms:
+            raise TypeError("GradientTransforms: give at least one, e.g. GradientTransforms(clip_by_global_norm(1.0))")
+        self.transforms = tuple(checked_chain("GradientTransforms", x) for x in transforms)
+        self.handle: Attached | None = None
+        self._max_grad_norm = 0.0
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if given.get("optimizer") is not None:  # of Trainer(optimizers=...): before its state is loaded
+            self._attach(args, given["optimizer"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._attach(args, given["optimizer"])
+
+    def _attach(self, args: Any, wrapped: Any) -> None:
+        optimizer, self._max_grad_norm = unwrapped(wrapped), args.max_grad_norm or 0.0
+        mine = [x for x in handles(optimizer) if x.transforms == self.transforms]
+        if not mine and self._max_grad_norm > 0 and (both := clips(self.transforms)):
+            warnings.warn(
+                f"GradientTransforms: Trainer's max_grad_norm={self._max_grad_norm} and {', '.join(both)} both clip, "
+                f"in this order; give TrainingArguments(max_grad_norm=0.0), or leave the transform out",
+                stacklevel=2,
+            )
+        self.handle = mine[0] if mine else attach(optimizer, *self.transforms)
+
+    def explain(self) -> str:
+        """What runs: as `handle.explain()`."""
+        if self.handle is None:
+            raise RuntimeError("GradientTransforms.explain: nothing is attached before trainer.train()")
+        behind = f"behind Trainer's own clip (max_grad_norm={self._max_grad_norm}): " if self._max_grad_norm else ""
+        return behind + self.handle.explain()
+
+
 class OptimizerMonitor(TrainerCallback):
     """What a step did, to the logs: `opt.stats` of gradkit's optimizers, over all parameters.
 
@@ -44,6 +91,8 @@ class OptimizerMonitor(TrainerCallback):
         monitor.log = trainer.log
 
     `<class>/<figure>`; `update_to_weight` is update_norm / weight_norm. `monitor.last` has each parameter's, by name.
+    An optimizer of others has the figures of what is attached to it (`GradientTransforms`), if that clips, and no
+    more; where there is nothing to count, training doesn't start.
 
     every: steps from one count to the next; the steps between wait for nothing.
     log: `trainer.log`, which reaches TensorBoard and other reporters; None: `trainer.state.log_history` alone.
@@ -53,29 +102,44 @@ class OptimizerMonitor(TrainerCallback):
         check_number("OptimizerMonitor", "every", every, STEPS)
         self.every, self.log = int(every), log
         self.last: Seen = {}
-        self._counting: Any = None
-        self._read = 0.0  # the clock at which figures were last read
+        self._counting: list[Optimizer | Attached] = []
+        self._read = 0.0  # the clock at which figures were last looked for
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self._counting = counter = unwrapped(given["optimizer"])
-        if not hasattr(counter, "stats"):
-            raise TypeError(f"OptimizerMonitor: {of_whom(counter)} counts nothing; use an optimizer of gradkit")
+        self._counting, self._read = [], 0.0
         if self.log is None and args.report_to:
             warnings.warn(
                 f"OptimizerMonitor: {', '.join(args.report_to)} won't see its figures, which go to "
                 f"trainer.state.log_history; set monitor.log = trainer.log",
                 stacklevel=2,
             )
-        counter.stats(every=self.every)
-        self._read = counter.clock
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self._counting:  # not at the beginning: what is attached by a callback behind this one would be missed
+            return
+        optimizer = unwrapped(given["optimizer"])
+        ours = isinstance(optimizer, Optimizer)
+        self._counting = [optimizer] if ours else [x for x in handles(optimizer) if clips(x.transforms)]
+        if not self._counting:
+            raise TypeError(
+                f"OptimizerMonitor: {of_whom(optimizer)} counts nothing; use an optimizer of gradkit, or "
+                f"GradientTransforms with one that clips"
+            )
+        for counting in self._counting:
+            counting.stats(every=self.every)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        before, self._read = self._read, self._counting.clock
+        before, self._read = self._read, self._counting[0].clock
         if self._read // self.every <= before // self.every:
             return
-        self.last = by_name(self._counting, given["model"])
-        label = type(self._counting).__name__
-        found = {f"{label}/{figure}": value for figure, value in overall(self.last, given["model"]).items()}
+        seen: Seen = {}
+        for counting in self._counting:
+            for name, mine in by_name(counting, given["model"]).items():
+                seen.setdefault(name, {}).update(mine)
+        if not seen:  # the first step of a resumed run may lie behind one that counted
+            return
+        self.last, label = seen, type(unwrapped(given["optimizer"])).__name__
+        found = {f"{label}/{figure}": value for figure, value in overall(seen, given["model"]).items()}
         if self.log is None:
             state.log_history.append({**found, "step": state.global_step})
             return

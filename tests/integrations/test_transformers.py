@@ -4,6 +4,7 @@ import copy
 import difflib
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from transformers import Trainer, TrainerCallback
 
 import gradkit
 from gradkit.integrations import curvature
-from gradkit.integrations.transformers import OptimizerMonitor, SophiaHessian, next_tokens
+from gradkit.integrations.transformers import GradientTransforms, OptimizerMonitor, SophiaHessian, next_tokens
 from gradkit.multiloss import PCGrad
-from gradkit.transforms import clip_by_global_norm
+from gradkit.transforms import cautious, clip_by_global_norm, grokfast_ema, zclip
 from tests.integrations.test_parts import likeliest
 from tests.integrations.transformers_models import (
     TwoLosses,
@@ -122,6 +123,24 @@ def accelerated_after(folder: Path) -> nn.Module:
     return model
 
 
+def clipped(folder: Path) -> nn.Module:
+    model = language_model()
+    args = arguments(folder, max_grad_norm=0.0)
+    callbacks = None
+    trainer = Trainer(model, args, train_dataset=sentences(), callbacks=callbacks)
+    trainer.train()
+    return model
+
+
+def clipped_after(folder: Path) -> nn.Module:
+    model = language_model()
+    args = arguments(folder, max_grad_norm=0.0)
+    callbacks = [GradientTransforms(clip_by_global_norm(0.1))]
+    trainer = Trainer(model, args, train_dataset=sentences(), callbacks=callbacks)
+    trainer.train()
+    return model
+
+
 SCRIPTS = (
     (given_an_optimizer, given_an_optimizer_after),
     (given_a_class, given_a_class_after),
@@ -135,6 +154,19 @@ def test_one_line_changes_and_the_model_is_the_one_that_torchs_adamw_trains(befo
     changed = [line for line in difflib.ndiff(old, new) if line[0] in "+-"]
     assert len(changed) == 2 and changed[1].replace("gradkit.", "torch.optim.")[1:] == changed[0][1:], changed
     assert_same_way(before(tmp_path / "before"), after(tmp_path / "after"))
+
+
+def test_a_callback_is_one_line_and_what_our_own_optimizer_does_inside_its_step(tmp_path):
+    old, new = (inspect.getsource(script).splitlines()[1:] for script in (clipped, clipped_after))
+    assert len([line for line in difflib.ndiff(old, new) if line[0] in "+-"]) == 2
+    before, after = clipped(tmp_path / "before"), clipped_after(tmp_path / "after")
+    model = language_model()
+    how = (gradkit.AdamW, {"lr": 1e-3, "transforms": [clip_by_global_norm(0.1)]})
+    args = arguments(tmp_path, max_grad_norm=0.0)
+    Trainer(model, args, train_dataset=sentences(), optimizer_cls_and_kwargs=how).train()
+    assert_same_way(after, model)
+    with pytest.raises(AssertionError):
+        assert_same_way(after, before, 1e-4)
 
 
 # ---- checkpoints ----
@@ -179,6 +211,35 @@ def test_a_resumed_run_is_the_run_that_never_stopped(name, tmp_path):
     assert optimizer.clock == 5
     slots = [s for state in optimizer.state.values() for s in state.values() if s.dim()]
     assert slots and all(s.dtype == torch.float32 for s in slots)
+
+
+FOREIGN = {
+    "Trainer's own": lambda model: {},  # torch's AdamW, fused; attached when its state is loaded already
+    "given": lambda model: {"optimizers": (torch.optim.AdamW(model.parameters(), lr=1e-3), None)},  # attached before
+    "given bf16": lambda model: {"optimizers": (torch.optim.AdamW(model.parameters(), lr=1e-3), None)},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_resumed_run_of_torchs_adamw_with_two_transforms_is_the_run_that_never_stopped(name, tmp_path):
+    def trainer() -> tuple[Trainer, GradientTransforms]:
+        model = language_model(attention_dropout=0.1)
+        model.to(torch.bfloat16 if name.endswith("bf16") else torch.float32)
+        transforms = GradientTransforms(zclip(warmup_steps=2, max_grad_norm=0.5), grokfast_ema())
+        given = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "max_grad_norm": 0.0}
+        args = arguments(tmp_path, gradient_accumulation_steps=2, **given)
+        return Trainer(
+            model, args, train_dataset=sentences(), callbacks=[transforms], **FOREIGN[name](model)
+        ), transforms
+
+    straight, _ = trainer()
+    straight.train()
+    resumed, transforms = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(straight.model, resumed.model)
+    assert transforms.handle.clock == 5
+    averages = [state["grad_ema"] for state in transforms.handle.state.values()]
+    assert averages and all(a.dtype == torch.float32 and a.any() for a in averages)
 
 
 # ---- what Trainer makes of the parameters ----
@@ -255,6 +316,87 @@ def test_the_optimizer_goes_on_with_the_parameters_that_accelerate_swaps_in(late
     assert set(optimizers[1].optimizer.state) == set(models[1].parameters())
 
 
+# ---- GradientTransforms ----
+
+
+def clip_trainer(folder: Path, *transforms: Any, cls: Any = torch.optim.SGD, **given: Any) -> tuple[Trainer, Any]:
+    callback = GradientTransforms(*transforms)
+    how: Any = {"train_dataset": sentences(), "optimizer_cls_and_kwargs": (cls, {"lr": 0.1})}
+    return Trainer(language_model(), arguments(folder, max_steps=2, **given), callbacks=[callback], **how), callback
+
+
+def test_two_clips_are_named_in_one_warning(tmp_path):
+    trainer, callback = clip_trainer(tmp_path, grokfast_ema(), zclip(), clip_by_global_norm(1.0))
+    match = r"GradientTransforms: Trainer's max_grad_norm=1.0 and zclip, clip_by_global_norm both clip, in this order"
+    with pytest.warns(UserWarning, match=match) as seen:
+        trainer.train()
+        trainer.train()  # which goes on with the same optimizer
+    assert len(seen) == 1
+    assert callback.explain().startswith("behind Trainer's own clip (max_grad_norm=1.0): attached to SGD")
+
+
+def test_one_clip_is_no_reason_to_warn(tmp_path):
+    for transform, norm in ((zclip(), 0.0), (grokfast_ema(), 1.0)):
+        trainer, callback = clip_trainer(tmp_path, transform, max_grad_norm=norm)
+        with pytest.raises(RuntimeError, match="GradientTransforms.explain: nothing is attached before trainer.train"):
+            callback.explain()
+        trainer.train()
+        assert callback.handle.clock == 2
+        assert callback.explain().startswith("behind" if norm else "attached to SGD")
+
+
+def test_each_optimizer_is_attached_to_once_and_a_new_one_anew(tmp_path):
+    callback = GradientTransforms(grokfast_ema())
+    args = arguments(tmp_path, max_steps=2)
+    trainer = Trainer(args=args, model_init=lambda: language_model(), train_dataset=sentences(), callbacks=[callback])
+    trainer.train()
+    first = callback.handle
+    assert first.clock == 2 and first.optimizer is trainer.optimizer.optimizer
+    trainer.train()
+    assert callback.handle is not first and callback.handle.clock == 2 and first.clock == 2
+    given = torch.optim.SGD(language_model().parameters(), lr=0.1)
+    how: Any = {"train_dataset": sentences(), "optimizers": (given, None), "callbacks": [callback]}
+    trainer = Trainer(nn.Linear(1, 1), args, **how)
+    early = callback.handle
+    assert early.optimizer is given, "before its state is loaded"
+    callback.on_train_begin(args, None, None, optimizer=given)
+    assert callback.handle is early
+
+
+def test_transforms_that_do_not_fit_leave_the_optimizer_alone(tmp_path):
+    with pytest.raises(TypeError, match="GradientTransforms: give at least one"):
+        GradientTransforms()
+    with pytest.raises(TypeError, match="GradientTransforms: .* is no chain or transform; call it"):
+        GradientTransforms(zclip)
+    match = r"attach: AdamW is gradkit's own, which runs transforms in its step: AdamW\(..., transforms=\[...\]\)"
+    raised(tmp_path, GradientTransforms(grokfast_ema()), TypeError, match, cls=gradkit.AdamW)
+    optimizer = torch.optim.SGD(language_model().parameters(), lr=0.1)
+    how: Any = {"optimizers": (optimizer, None), "callbacks": [GradientTransforms(grokfast_ema(), cautious())]}
+    with pytest.raises(ValueError, match="attach: cautious"):
+        Trainer(language_model(), arguments(tmp_path), **how)
+    assert not optimizer._optimizer_step_pre_hooks and not any("gradkit" in key for key in optimizer.param_groups[0])
+
+
+def test_an_overflow_leaves_the_transforms_statistics_alone():
+    Accelerator(cpu=True)
+    model, scaler = language_model(), torch.amp.GradScaler("cpu", init_scale=256.0)
+    optimizer = AcceleratedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), scaler=scaler)
+    callback = GradientTransforms(grokfast_ema())
+    callback.on_train_begin(SimpleNamespace(max_grad_norm=0.0), None, None, optimizer=optimizer)
+    for step, batch in enumerate(torch.utils.data.DataLoader(sentences(12), batch_size=4)):
+        before = [state["grad_ema"].clone() for state in callback.handle.state.values()]
+        scaler.scale(model(**batch).loss).backward()
+        if step == 1:
+            model.lm_head.weight.grad[0, 0] = torch.inf
+        optimizer.step()
+        optimizer.zero_grad()
+        after = [state["grad_ema"] for state in callback.handle.state.values()]
+        assert all(a.isfinite().all() for a in after)
+        if step:
+            assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True)) is (step == 1)
+    assert callback.handle.clock == 2
+
+
 # ---- OptimizerMonitor ----
 
 
@@ -296,6 +438,24 @@ def test_the_monitor_logs_on_the_steps_that_count_and_reads_on_no_other(tmp_path
     assert set(monitor.last) == {name for name, _ in model.named_parameters()}
 
 
+def test_of_an_optimizer_of_others_the_attached_clips_are_logged(tmp_path):
+    monitor, transforms = OptimizerMonitor(every=2), GradientTransforms(grokfast_ema(), clip_by_global_norm(0.1))
+    how: Any = {"train_dataset": sentences(), "callbacks": [monitor, transforms]}  # which attaches behind the monitor
+    model = language_model()
+    trainer = Trainer(model, arguments(tmp_path, max_steps=5, max_grad_norm=0.0), **how)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "AdamW/clip_by_global_norm.clipped" in row]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert rows[0]["AdamW/clip_by_global_norm.norm_after"] == pytest.approx(0.1, rel=1e-3)
+    assert set(monitor.last) == {name for name, _ in model.named_parameters()}
+    nothing = [OptimizerMonitor(), GradientTransforms(grokfast_ema())]
+    trainer = Trainer(language_model(), arguments(tmp_path), train_dataset=sentences(), callbacks=nothing)
+    with pytest.raises(
+        TypeError, match="AdamW counts nothing; use an optimizer of gradkit, or GradientTransforms with"
+    ):
+        trainer.train()
+
+
 def test_without_log_figures_go_to_the_history_and_reporters_are_named(tmp_path):
     args = arguments(tmp_path, max_steps=2)
     how = {"train_dataset": sentences(), "optimizer_cls_and_kwargs": (gradkit.Lion, {"lr": 1e-3})}
@@ -316,7 +476,8 @@ def test_a_skipped_step_counts_nothing(tmp_path):
     args, state = arguments(tmp_path), type("State", (), {"log_history": [], "global_step": 1})()
     model = nn.Module()
     model.p = p
-    monitor.on_train_begin(args, state, None, optimizer=optimizer)
+    monitor.on_train_begin(args, state, None)
+    monitor.on_step_begin(args, state, None, optimizer=optimizer)
     p.grad = torch.ones(2)
     optimizer.step()
     for _ in range(2):

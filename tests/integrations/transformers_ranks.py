@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 
 import gradkit
 from gradkit.integrations import curvature
-from gradkit.integrations.transformers import OptimizerMonitor, SophiaHessian
+from gradkit.integrations.transformers import GradientTransforms, OptimizerMonitor, SophiaHessian
 from gradkit.multiloss import PCGrad
 from gradkit.transforms import clip_by_global_norm
 from tests.integrations.test_parts import likeliest
@@ -79,13 +79,15 @@ def of_all_ranks(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @launched
 def trainer_under_ddp(folder: Path) -> None:
-    """As with torch's AdamW; the same on each rank; what is resumed is what did not stop."""
-    trained = []
-    for cls in (torch.optim.AdamW, gradkit.AdamW, gradkit.AdamW):
+    """As with torch's AdamW and a callback; the same on each rank; what is resumed is what did not stop."""
+    ours = gradkit.AdamW, {"lr": 1e-2, "transforms": [clip_by_global_norm(0.1)]}
+    theirs = torch.optim.AdamW, {"lr": 1e-2}
+    trained: list[nn.Module] = []
+    for chosen, callbacks in (theirs, [GradientTransforms(clip_by_global_norm(0.1))]), (ours, []), (ours, []):
         model = language_model()
-        args = arguments(folder, max_steps=4, bf16=True, save_strategy="steps", save_steps=2)
+        args = arguments(folder, max_steps=4, max_grad_norm=0.0, save_strategy="steps", save_steps=2)
         assert args.world_size == RANKS and args.parallel_mode.name == "DISTRIBUTED"
-        how: Any = {"train_dataset": sentences(64), "optimizer_cls_and_kwargs": (cls, {"lr": 1e-2})}
+        how: Any = {"train_dataset": sentences(64), "optimizer_cls_and_kwargs": chosen, "callbacks": callbacks}
         again = len(trained) == 2
         Trainer(model, args, **how).train(resume_from_checkpoint=str(folder / "checkpoint-2") if again else None)
         same_on_all_ranks(model)
