@@ -47,7 +47,7 @@ def overall(seen: Seen, model: nn.Module) -> dict[str, float]:
 
 
 def with_ratio(seen: Mapping[str, float]) -> dict[str, float]:
-    if not seen.get("weight_norm"):
+    if not seen.get("weight_norm") or "update_norm" not in seen:
         return dict(seen)
     return {**seen, "update_to_weight": seen["update_norm"] / seen["weight_norm"]}
 

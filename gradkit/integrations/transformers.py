@@ -91,8 +91,8 @@ class OptimizerMonitor(TrainerCallback):
         monitor.log = trainer.log
 
     `<class>/<figure>`; `update_to_weight` is update_norm / weight_norm. `monitor.last` has each parameter's, by name.
-    An optimizer of others has the figures of what is attached to it (`GradientTransforms`), if that clips, and no
-    more; where there is nothing to count, training doesn't start.
+    An optimizer of others has the figures of what is attached to it (`GradientTransforms`), and no `update_norm`;
+    where there is nothing to count, training doesn't start.
 
     every: steps from one count to the next; the steps between wait for nothing.
     log: `trainer.log`, which reaches TensorBoard and other reporters; None: `trainer.state.log_history` alone.
@@ -118,12 +118,11 @@ class OptimizerMonitor(TrainerCallback):
         if self._counting:  # not at the beginning: what is attached by a callback behind this one would be missed
             return
         optimizer = unwrapped(given["optimizer"])
-        ours = isinstance(optimizer, Optimizer)
-        self._counting = [optimizer] if ours else [x for x in handles(optimizer) if clips(x.transforms)]
+        self._counting = [optimizer] if isinstance(optimizer, Optimizer) else [*handles(optimizer)]
         if not self._counting:
             raise TypeError(
                 f"OptimizerMonitor: {of_whom(optimizer)} counts nothing; use an optimizer of gradkit, or "
-                f"GradientTransforms with one that clips"
+                f"GradientTransforms"
             )
         for counting in self._counting:
             counting.stats(every=self.every)
@@ -135,7 +134,8 @@ class OptimizerMonitor(TrainerCallback):
         seen: Seen = {}
         for counting in self._counting:
             for name, mine in by_name(counting, given["model"]).items():
-                seen.setdefault(name, {}).update(mine)
+                came = seen.get(name, mine)["grad_norm"]  # to the first of several
+                seen[name] = {**seen.get(name, {}), **mine, "grad_norm": came}
         if not seen:  # the first step of a resumed run may lie behind one that counted
             return
         self.last, label = seen, type(unwrapped(given["optimizer"])).__name__
@@ -180,7 +180,7 @@ class SophiaHessian(TrainerCallback):
                 f"SophiaHessian: {of_whom(sophia)} takes no estimates; give Trainer gradkit.Sophia, or leave this "
                 f"callback out"
             )
-        if self.logits is None and getattr(model, "loss_type", None) != "ForCausalLM":
+        if self.logits is None and "ForCausalLM" not in type(model).__name__:  # so transformers finds a model's loss
             raise ValueError(
                 f"SophiaHessian: {type(model).__name__} may predict something else than the next token; give "
                 f"SophiaHessian(lambda model, inputs: (logits, labels)), or SophiaHessian(next_tokens) if it doesn't"

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradkit
+from gradkit import transforms
 from gradkit.integrations import curvature
-from gradkit.integrations.figures import by_name, overall
+from gradkit.integrations.figures import by_name, clips, overall
 
 
 def likeliest(logits: Tensor, ignore_index: int = -100, *, targets: Tensor) -> Tensor:
@@ -94,3 +95,9 @@ def test_figures_of_all_parameters_are_weighed_by_their_entries():
         "x.spikes": 5.0,
         "resets": 1.0,
     }
+
+
+def test_what_clips_is_what_counts_what_it_cuts():
+    both = transforms.zclip(), transforms.spike_clip(name="spikes"), transforms.adaptive_clip(), transforms.adaclip()
+    neither = transforms.grokfast_ema(), transforms.adagn(), transforms.cautious()
+    assert clips([*both, *neither]) == ["zclip", "spikes", "adaptive_clip", "adaclip"]

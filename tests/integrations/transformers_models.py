@@ -45,7 +45,7 @@ class TwoLosses(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            losses = [loss / self.current_gradient_accumulation_steps for loss in two_losses(model, inputs)]
+            losses = [loss / self.args.gradient_accumulation_steps for loss in two_losses(model, inputs)]
         gradkit.backward(losses, self.optimizer, self.method, scaler=self.accelerator.scaler)
         return sum(losses).detach()
 

@@ -48,6 +48,12 @@ MUTANTS = (
         ("figures: shares weigh entries", "sum(share * n for share, n in found)", "sum(x for x, _ in found)", OVERALL),
         ("figures: norms add in squares", "norm * norm", "norm", OVERALL),
         (
+            "figures: what clips",
+            'getattr(x.link, "counts", "")',
+            "x.link.slots",
+            parts("what_clips_is_what_counts_what_it_cuts"),
+        ),
+        (
             "figures: names of the model",
             "if key.isdecimal() else key",
             "if False else key",
@@ -56,6 +62,12 @@ MUTANTS = (
     ),
     *rows(
         "integrations/transformers.py",
+        (
+            "GradientTransforms: two clips are named",
+            "self._max_grad_norm > 0 and (both := clips(self.transforms))",
+            "(both := [])",
+            trainer("two_clips_are_named_in_one_warning"),
+        ),
         ("monitor: reads where it counts", "self._read // self.every <= before // self.every", "False", LOGGED),
         ("monitor: Trainer's rows stay", "control.should_log = asked", "pass", LOGGED),
     ),
