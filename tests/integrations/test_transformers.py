@@ -572,9 +572,7 @@ def test_several_losses_go_through_trainer_as_through_a_loop_of_ones_own(tmp_pat
 
     twin, own = language_model(), PCGrad()
     optimizer = gradkit.AdamW(twin.parameters(), lr=1e-2, weight_decay=args.weight_decay)
-    torch.manual_seed(args.seed)
-    batches = list(trainer.get_train_dataloader())
-    for pair in zip(batches[0:6:2], batches[1:6:2], strict=True):
+    for pair in zip(trainer.seen[::2], trainer.seen[1::2], strict=True):
         for inputs in pair:
             gradkit.backward([loss / 2 for loss in two_losses(twin, inputs)], optimizer, own)
         torch.nn.utils.clip_grad_norm_(twin.parameters(), args.max_grad_norm)

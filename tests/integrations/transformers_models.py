@@ -39,11 +39,12 @@ class TwoLosses(Trainer):
 
     def __init__(self, *args: Any, method: Any, **given: Any) -> None:
         super().__init__(*args, **given)
-        self.method = method
+        self.method, self.seen = method, []
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
         inputs = self._prepare_inputs(inputs)
+        self.seen.append(inputs)
         with self.compute_loss_context_manager():
             losses = [loss / self.args.gradient_accumulation_steps for loss in two_losses(model, inputs)]
         gradkit.backward(losses, self.optimizer, self.method, scaler=self.accelerator.scaler)

@@ -139,16 +139,17 @@ def sophias_estimate_is_over_all_ranks(folder: Path) -> None:
 
 @launched
 def several_losses_under_ddp(folder: Path) -> None:
-    model, keeping, method = language_model(), Keeping(), PCGrad()
+    model, method = language_model(), PCGrad()
     args = arguments(folder, max_steps=2, gradient_accumulation_steps=2, lr_scheduler_type="constant")
     how: Any = {"train_dataset": sentences(64), "optimizer_cls_and_kwargs": (gradkit.AdamW, {"lr": 1e-2})}
-    TwoLosses(model, args, method=method, callbacks=[keeping], **how).train()
+    trainer = TwoLosses(model, args, method=method, **how)
+    trainer.train()
     same_on_all_ranks(model)
     twin, own = language_model(), PCGrad()
     optimizer = gradkit.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.0)
-    for pair in zip(keeping.seen[::2], keeping.seen[1::2], strict=True):
+    for pair in zip(trainer.seen[::2], trainer.seen[1::2], strict=True):
         for inputs in pair:
-            losses = [loss / 2 for loss in two_losses(twin, {**inputs, "labels": inputs["input_ids"]})]
+            losses = [loss / 2 for loss in two_losses(twin, inputs)]
             gradkit.backward(losses, optimizer, own)
         nn.utils.clip_grad_norm_(twin.parameters(), args.max_grad_norm)
         optimizer.step()
