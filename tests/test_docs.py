@@ -62,9 +62,9 @@ def names(page: Path) -> str:
 
 
 def public(dotted: str) -> Any:
-    """What a user finds under `gradkit.<name>`; `import gradkit` leaves the integrations alone."""
-    if dotted.startswith("gradkit.integrations."):
-        return lookup(dotted)
+    """What a user finds under `gradkit.<name>`."""
+    if dotted.startswith("gradkit.integrations."):  # which nothing imports by itself
+        importlib.import_module(dotted.rpartition(".")[0])
     return operator.attrgetter(dotted.removeprefix("gradkit."))(gradkit)
 
 
