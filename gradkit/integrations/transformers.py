@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..attach import Attached, attach, handles
@@ -40,6 +41,11 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
+def attached(optimizer: Any) -> list[Attached]:
+    """What is in front of an optimizer; DeepSpeed's, of which nothing is known, is none of torch's."""
+    return handles(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else []
+
+
 class GradientTransforms(TrainerCallback):
     """Transforms of the gradient for whatever optimizer Trainer has: `gradkit.attach`, when it is there.
 
@@ -66,8 +72,9 @@ class GradientTransforms(TrainerCallback):
 
     def _attach(self, args: Any, wrapped: Any) -> None:
         optimizer, self._max_grad_norm = unwrapped(wrapped), args.max_grad_norm or 0.0
-        mine = [x for x in handles(optimizer) if x.transforms == self.transforms]
-        if not mine and self._max_grad_norm > 0 and (both := clips(self.transforms)):
+        mine = [x for x in attached(optimizer) if x.transforms == self.transforms]
+        both = clips(self.transforms)
+        if both and not mine and self._max_grad_norm > 0 and args.process_index == 0:
             warnings.warn(
                 f"GradientTransforms: Trainer's max_grad_norm={self._max_grad_norm} and {', '.join(both)} both clip, "
                 f"in this order; give TrainingArguments(max_grad_norm=0.0), or leave the transform out",
@@ -107,7 +114,7 @@ class OptimizerMonitor(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self._counting, self._read = [], 0.0
-        if self.log is None and args.report_to:
+        if self.log is None and args.report_to and args.process_index == 0:
             warnings.warn(
                 f"OptimizerMonitor: {', '.join(args.report_to)} won't see its figures, which go to "
                 f"trainer.state.log_history; set monitor.log = trainer.log",
@@ -118,7 +125,7 @@ class OptimizerMonitor(TrainerCallback):
         if self._counting:  # not at the beginning: what is attached by a callback behind this one would be missed
             return
         optimizer = unwrapped(given["optimizer"])
-        self._counting = [optimizer] if isinstance(optimizer, Optimizer) else [*handles(optimizer)]
+        self._counting = [optimizer] if isinstance(optimizer, Optimizer) else [*attached(optimizer)]
         if not self._counting:
             raise TypeError(
                 f"OptimizerMonitor: {of_whom(optimizer)} counts nothing; use an optimizer of gradkit, or "
