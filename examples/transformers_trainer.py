@@ -69,6 +69,7 @@ def trainer(way: str, steps: int, folder: Path) -> Trainer:
         str(folder),
         max_steps=steps,
         per_device_train_batch_size=16,
+        per_device_eval_batch_size=64,
         weight_decay=0.1,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 10,
