@@ -13,9 +13,12 @@
 | `SCALE` | gradients of one size for each output, almost without state | https://arxiv.org/abs/2506.16659 |
 | `FRUGAL` | state for a part of the matrices, signs for the rest | https://arxiv.org/abs/2411.07837 |
 | `Optimizer` | your own chain of rules, measures and transforms | |
+
+`attach(optimizer, ...)` puts transforms of the gradient in front of any other `torch.optim.Optimizer`.
 """
 
 from . import estimators, losses, multiloss, ops, transforms
+from .attach import attach
 from .chain import Chain, chain
 from .language import RuleError, fn
 from .multiloss import backward
@@ -53,6 +56,7 @@ __all__ = [
     "Sophia",
     "StableSPAM",
     "Stage",
+    "attach",
     "backward",
     "chain",
     "derive",

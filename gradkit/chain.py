@@ -182,12 +182,17 @@ def _identifier(name: str) -> str:
     return name
 
 
-def assemble(users: Sequence[Chain], built_in: Chain, l2: Chain | None, last: Chain) -> list[Placed]:
-    """The chain that a group runs: user GRAD, built-in GRAD, l2, PRECONDITION, built-in UPDATE, user UPDATE, write."""
-    names = [c.name for whole in (*users, built_in) for c in whole.walk() if c.name]
+def distinct(chains: Sequence[Chain]) -> None:
+    """Raise if two have one name."""
+    names = [c.name for whole in chains for c in whole.walk() if c.name]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two links named {name!r}: give one of them name=, e.g. {name}(..., name='second')")
+
+
+def assemble(users: Sequence[Chain], built_in: Chain, l2: Chain | None, last: Chain) -> list[Placed]:
+    """The chain that a group runs: user GRAD, built-in GRAD, l2, PRECONDITION, built-in UPDATE, user UPDATE, write."""
+    distinct([*users, built_in])
     user = [x for whole in users for x in whole.place()]
     own = built_in.place()
 

@@ -15,15 +15,15 @@ from .backends.native import passes_of
 
 if TYPE_CHECKING:
     from .chain import Placed
-    from .optimizer import Optimizer
+    from .machine import Machine
     from .plan import Batch, Pass
 
 
-def describe(optimizer: "Optimizer") -> str:
+def describe(optimizer: "Machine") -> str:
     """One block for each batch of tensors that would run together."""
     grads = expected(optimizer)
     batches = optimizer.batches(grads)
-    lines = [f"{type(optimizer).__name__}: {len(grads)} parameters, {len(batches)} batches"]
+    lines = [f"{optimizer.who}: {len(grads)} parameters, {len(batches)} batches"]
     lines += by_role(optimizer, batches)
     lines += block(optimizer, batches)
     if optimizer.counts_every:
@@ -32,7 +32,7 @@ def describe(optimizer: "Optimizer") -> str:
     return "\n".join(lines)
 
 
-def block(optimizer: "Optimizer", batches: "list[Batch]") -> list[str]:
+def block(optimizer: "Machine", batches: "list[Batch]") -> list[str]:
     """What each batch runs."""
     lines = []
     for batch in batches:
@@ -55,16 +55,15 @@ def block(optimizer: "Optimizer", batches: "list[Batch]") -> list[str]:
         if issubclass(backend, Eager):
             count = f"{len(batch.owners)} x {count} {backend.name}"
         lines.append(f"  launches: {count}; {sum(moved(batch, ps) for ps in passes):.3g} bytes an element")
-        slots = ", ".join(f"{n} {short(d)}" for n, d in batch.slot_dtypes.items())
-        slots += ", compensation" if batch.rounding == "kahan" else ""
-        slots += "".join(f", {n} a tensor" for n in batch.program.memory)
-        slots += "".join(f", {n} once" for n in batch.program.shared)
-        lines.append(f"  state: {slots or 'none'}; {sum(held(batch))} bytes; write-back {batch.rounding}")
+        state = [f"{n} {short(d)}" for n, d in batch.slot_dtypes.items()]
+        state += ["compensation"] * (batch.rounding == "kahan")
+        state += [f"{n} a tensor" for n in batch.program.memory] + [f"{n} once" for n in batch.program.shared]
+        lines.append(f"  state: {', '.join(state) or 'none'}; {sum(held(batch))} bytes; write-back {batch.rounding}")
         lines.append(f"  backend: {backend.name} ({why})")
     return lines
 
 
-def by_role(optimizer: "Optimizer", batches: "list[Batch]") -> list[str]:
+def by_role(optimizer: "Machine", batches: "list[Batch]") -> list[str]:
     """The bytes of state for each role, where groups have roles."""
     groups = optimizer.param_groups
     if not any("role" in g for g in groups):
@@ -77,7 +76,7 @@ def by_role(optimizer: "Optimizer", batches: "list[Batch]") -> list[str]:
     return [f"state by role{here}: {', '.join(f'{role} {size:,}' for role, size in total.items())} bytes"]
 
 
-def expected(optimizer: "Optimizer") -> list[Tensor | None]:
+def expected(optimizer: "Machine") -> list[Tensor | None]:
     """The gradients; before there are any, tensors of their kind."""
     params = [p for g in optimizer.param_groups for p in g["params"]]
     return [p if p.grad is None and p.requires_grad else p.grad for p in params]
@@ -97,7 +96,7 @@ def moved(batch: "Batch", ps: "Pass") -> float:
     own = batch.dtype.itemsize * (2 if batch.rounding == "kahan" else 1)
     share = {n: selected(batch) / max(1, numel(batch)) if n in ps.low else 1 for n in ps.slots}
     slots = sum(batch.slot_dtypes[n].itemsize * share[n] for n in (*ps.slots, *ps.stores))
-    return batch.gdtype.itemsize + slots + own * (ps.reads_p + ps.writes)
+    return batch.gdtype.itemsize * (1 + (ps.target == "g")) + slots + own * (ps.reads_p + (ps.target == "p"))
 
 
 def numel(batch: "Batch") -> int:
@@ -145,7 +144,7 @@ def one_pass(batch: "Batch", ps: "Pass") -> str:
 
 
 @torch.no_grad()
-def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
+def trace(optimizer: "Machine", p: Tensor) -> list[tuple[str, Tensor]]:
     """Run the coming step up to the write, storing nothing."""
     params = [q for g in optimizer.param_groups for q in g["params"]]
     grads = [q.grad for q in params]
@@ -173,9 +172,10 @@ def trace(optimizer: "Optimizer", p: Tensor) -> list[tuple[str, Tensor]]:
                 eager.begin()
                 (part,) = eager.parts(last, t)
                 seen = eager.walk(last, part, lambda name, u: steps.append((name, u.clone())))
-                rest = part.residual
-                part.p, part.residual = part.p.clone(), rest if rest is None else rest.clone()
-                eager.write(part, seen["p"], t)
-                steps[-1] = "write", part.p
+                if last.target == "p":
+                    rest = part.residual
+                    part.p, part.residual = part.p.clone(), rest if rest is None else rest.clone()
+                    eager.write(part, seen["p"], t)
+                    steps[-1] = "write", part.p
     plan.release()
     return steps

@@ -12,7 +12,7 @@ from . import random
 from .gradients import Rows, combinations, gramian, summed
 from .graph import check_loss, nodes, tensors
 from .options import NOT_NEGATIVE, SEED, Range, brief, check_choice, check_number
-from .sharding import is_sharded
+from .sharding import is_sharded, refuse_sharded
 
 __all__ = ["CAGrad", "PCGrad"]
 
@@ -255,11 +255,7 @@ def trained(optimizer_or_params: torch.optim.Optimizer | Iterable[Any]) -> list[
         given = [p for group in given.param_groups for p in group["params"]]
     params = [p for p in tensors("backward", given) if p.requires_grad]
     for p in params:
-        if is_sharded(p) or getattr(p, "_is_flat_param", False):
-            raise TypeError(
-                f"backward: a parameter of shape {tuple(p.shape)} is sharded, which is not supported; "
-                f"replicate parameters on all ranks"
-            )
+        refuse_sharded("backward", p)
     return params
 
 

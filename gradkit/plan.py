@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 
 
 class Pass:
-    """The rules up to a measure, recomputed, which store nothing; or all rules, and the stores."""
+    """The rules up to a measure, recomputed, which store nothing; or all rules, and the stores.
 
-    def __init__(self, pieces: Sequence[Placed], end: int):
+    target: what it stores beside slots: "p", the parameter; "g", the gradient, which becomes what flows; or "".
+    """
+
+    def __init__(self, pieces: Sequence[Placed], end: int, target: str):
         self.measure: Any = pieces[end] if end < len(pieces) else None  # a Placed
         self.end = end
         self.memory = kept(self.measure) if self.measure else []
-        self.writes = self.measure is None and any(x.stage == Stage.WRITE for x in pieces)  # the parameter
+        self.target = "" if self.measure else target
         self.rules = [(i, x) for i, x in enumerate(pieces[:end]) if isinstance(x.link, Rule)]
         self.slots = list(dict.fromkeys(n for _, x in self.rules for n in x.holds))
         self.splits = any(x.partial for _, x in self.rules)
@@ -36,7 +39,7 @@ class Pass:
         changed = {n for _, x in self.rules for n, c in zip(x.holds, x.link.changes, strict=True) if c}
         self.stores = [n for n in self.slots if n in changed and not self.measure]
         seen = [x.link.sees for x in (*(x for _, x in self.rules), *([self.measure] if self.measure else []))]
-        self.reads_p = self.writes or any("p" in names for names in seen)
+        self.reads_p = self.target == "p" or any("p" in names for names in seen)
 
     def parts(self) -> tuple[list, list, list, list]:
         """The rules before a split, those of its two sides, and those behind; without one all are before."""
@@ -55,9 +58,12 @@ def kept(piece: Placed) -> list[str]:
 
 
 class Program:
-    """A chain that was checked: its scalars, slots and passes."""
+    """A chain that was checked: its scalars, slots and passes.
 
-    def __init__(self, pieces: Sequence[Placed], group: Mapping[str, Any]):
+    target: what a chain without a write stores, as of a Pass.
+    """
+
+    def __init__(self, pieces: Sequence[Placed], group: Mapping[str, Any], target: str = ""):
         pieces, owners = share_slots(pieces)
         self.pieces, self.maximize = pieces, bool(group["maximize"])
         self.scalars = Scalars(pieces, group)
@@ -82,7 +88,8 @@ class Program:
             if piece.chain.derive is None or not piece.chain.derive.counters:
                 raise ValueError(f"{piece.label}: the ring {name!r} needs @derive('step', ...) on its chain")
         ends = [i for i, x in enumerate(pieces) if isinstance(x.link, Measure)] + [len(pieces)]
-        self.passes = [Pass(pieces, end) for end in ends]
+        target = "p" if any(x.stage == Stage.WRITE for x in pieces) else target
+        self.passes = [Pass(pieces, end, target) for end in ends]
         parts = {x.link.scope: x.label for x in pieces if isinstance(x.link, Measure) and x.link.scope in AXES}
         if len(parts) > 1:
             raise ValueError(f"{parts['row']} measures rows and {parts['column']} columns: a chain may do one of them")
@@ -227,6 +234,7 @@ class Batch:
         self.params = [sharding.local(p.detach()) for p in self.owners]
         self.sizes = [p.numel() for p in self.params]
         self.gradients: list[int] = []
+        self.copied: list[tuple[int, Tensor]] = []  # which of them, and of what
         self.numel = torch.tensor(self.sizes, dtype=torch.float64, device=self.device)[:, None]
         self.logical = [sharding.logical_index(p) if self.rounding == "stochastic" else 0 for p in self.owners]
         names = [*self.program.slots, *["compensation"] * (self.rounding == "kahan")]
@@ -255,14 +263,15 @@ class Batch:
     def bind(self, grads: Sequence[Tensor]) -> bool:
         """Take this step's gradients, unless parameters have moved or gradients are not of the planned kind.
 
-        A gradient of another layout is copied into its parameter's.
+        A gradient of another layout is copied into its parameter's; `give_back` is for those that the plan changes.
         """
         params = [sharding.local(p) for p in self.owners] if self.sharded else self.owners
         if list(map(Tensor.data_ptr, chain(params, *self.slots.values()))) != self.pointers:
             return False
-        mine = [grads[i] for i in self.index]
+        given = [grads[i] for i in self.index]
+        mine = [*given]
         if self.sharded:
-            mine = [sharding.local_grad(g, p) for g, p in zip(mine, self.owners, strict=True)]
+            mine = [sharding.local_grad(g, p) for g, p in zip(given, self.owners, strict=True)]
         try:
             plain = all(map(Tensor.is_contiguous, chain(params, mine))) and not any(map(Tensor.is_neg, mine))
             sizes = list(map(Tensor.numel, mine))
@@ -280,7 +289,16 @@ class Batch:
                     mine[t] = torch.empty_like(p, dtype=g.dtype).copy_(g)
             pointers = list(map(Tensor.data_ptr, mine))
         self.grads, self.gradients = mine, pointers
+        self.copied = []
+        if self.program.passes[-1].target == "g":
+            both = zip(given, mine, strict=True)
+            self.copied = [(t, g) for t, (g, x) in enumerate(both) if sharding.local(g) is not x]
         return True
+
+    def give_back(self) -> None:
+        """Bring what became of copies to the gradients that they are of."""
+        for t, g in self.copied:
+            sharding.store(self.grads[t], self.owners[t], g)
 
     def begin(self, groups: Sequence[Mapping[str, Any]], clock: float) -> None:
         """Make the coming step's table: a row for each distinct (group, counters). Nothing is counted yet."""
@@ -430,4 +448,5 @@ class Plan:
     def apply(self) -> None:
         for batch in self.batches:
             batch.backend.apply(batch.program.passes[-1])
-            batch.grads = []
+            batch.give_back()
+            batch.grads, batch.copied = [], []

@@ -15,6 +15,15 @@ def is_sharded(t: Tensor) -> bool:
     return module is not None and isinstance(t, getattr(module, "DTensor", ()))
 
 
+def refuse_sharded(who: str, p: Tensor) -> None:
+    """Raise for a parameter of which this rank holds a part: a DTensor, or FSDP's flat one."""
+    if is_sharded(p) or getattr(p, "_is_flat_param", False):
+        raise TypeError(
+            f"{who}: a parameter of shape {tuple(p.shape)} is sharded, which is not supported; "
+            f"replicate parameters on all ranks"
+        )
+
+
 def local(t: Any) -> Any:
     """This rank's plain tensor, sharing storage; to_local() would make a new view of each parameter each step."""
     return t._local_tensor if is_sharded(t) else t
@@ -39,6 +48,18 @@ def local_grad(g: Any, p: Any) -> Any:
         raise TypeError(f"the parameter is {kinds[0]} and its gradient {kinds[1]}; both must be of one kind")
     flat = local(g.redistribute(p.device_mesh, p.placements) if is_sharded(g) and g.placements != p.placements else g)
     return flat.wait() if hasattr(flat, "wait") else flat  # a collective that is still under way has no data yet
+
+
+def store(flat: Tensor, p: Any, g: Any) -> None:
+    """Bring a local tensor in p's layout to the gradient g of p; one of other placements, or expanded, is replaced."""
+    if is_sharded(p) and g.placements != p.placements:
+        p.grad = type(p).from_local(
+            flat, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+    elif 0 in [stride for stride, size in zip(g.stride(), g.shape, strict=True) if size > 1]:
+        p.grad = flat
+    else:
+        local(g).copy_(flat)
 
 
 def slot(p: Any, dtype: torch.dtype, length: int | None = None) -> Any:

@@ -42,8 +42,23 @@ def norms(u, p, g):
     return g * g, u * u, p * p
 
 
+def sizes_in_front(gradient, after, weight, inverse_scale):
+    return inverse_scale * sqrt(gradient), sqrt(after), sqrt(weight)
+
+
+@measure(
+    scope="tensor",
+    reduce={"gradient": "sum", "after": "sum", "weight": "sum"},
+    gives=("grad_norm", "norm_after", "weight_norm"),
+    finish=sizes_in_front,
+)
+def norms_in_front(u, p, g):
+    """Of a chain that leaves its result in the gradient: what an optimizer makes of that it doesn't know."""
+    return g * g, u * u, p * p
+
+
 def counting(pieces: Sequence[Placed]) -> list[Placed]:
-    """A chain with a measure behind each rule that counts, and one before the write."""
+    """A chain with a measure behind each rule that counts, and one before the write, or at the end."""
     out: list[Placed] = []
     labels: list[str] = []
     for piece in pieces:
@@ -56,7 +71,7 @@ def counting(pieces: Sequence[Placed]) -> list[Placed]:
             labels.append(label)
             label += f"_{same + 1}" * bool(same)
             out.append(Placed(shrunk, chain(shrunk, name=label), piece.stage))
-    return out
+    return out if norms in [x.link for x in out] else [*out, *chain(norms_in_front).place()]
 
 
 def counts(piece: Placed) -> bool:
@@ -84,7 +99,7 @@ class Counted(NamedTuple):
             for t, cells in enumerate(batch.measured.tolist()):
                 kinds, mine = iter(kinds_of), {}
                 for (owner, name), value in zip(columns, cells, strict=False):
-                    if owner.items == (norms,):
+                    if owner.items in ((norms,), (norms_in_front,)):
                         mine[name] = value
                     elif owner.items == (shrunk,):
                         at = shown(next(kinds), value, batch.owners[t].numel()) if name == "count" else (name, value)

@@ -19,11 +19,18 @@ import pytest
 import torch
 import torch._dynamo
 
-from tests.terms import Mutant, backward, engine, optimizers, transforms
+from tests.terms import Mutant, attach, backward, engine, integrations, optimizers, transforms
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ("gradkit", "tests", "bench", "triton_kernels", "pyproject.toml")
-MUTANTS = (*optimizers.MUTANTS, *transforms.MUTANTS, *backward.MUTANTS, *engine.MUTANTS)
+MUTANTS = (
+    *optimizers.MUTANTS,
+    *transforms.MUTANTS,
+    *backward.MUTANTS,
+    *attach.MUTANTS,
+    *engine.MUTANTS,
+    *integrations.MUTANTS,
+)
 WORKERS = min(2, os.cpu_count() or 1)
 
 

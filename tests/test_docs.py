@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 import gradkit
 
@@ -63,6 +64,8 @@ def names(page: Path) -> str:
 
 def public(dotted: str) -> Any:
     """What a user finds under `gradkit.<name>`."""
+    if dotted.startswith("gradkit.integrations."):  # which nothing imports by itself
+        importlib.import_module(dotted.rpartition(".")[0])
     return operator.attrgetter(dotted.removeprefix("gradkit."))(gradkit)
 
 
@@ -85,7 +88,10 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on models this small a second one only waits, long where others use the machine
     yield tmp_path
+    torch.set_num_threads(threads)
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
             del sys.modules[name]
@@ -134,8 +140,6 @@ def test_every_printed_block_follows_the_code_that_prints_it():
 
 @pytest.mark.parametrize("backend", ["eager", "chunked", "native"])
 def test_the_toy_optimizer_of_the_page_computes_its_docstring_on_every_backend(backend, folder):
-    import torch
-
     page = DOCS / "own-optimizer.md"
     toy = next(b for b in blocks(page) if b.title.endswith(".py"))
     (folder / toy.title).write_text(toy.text)
@@ -163,7 +167,6 @@ def block_of(page: Path, heading: str) -> str:
 
 def test_the_accumulation_of_the_page_is_the_estimate_of_the_whole_batch():
     """Whatever the number of labels in each micro-batch."""
-    import torch
     import torch.nn.functional as F
 
     def likeliest(logits, *, targets):
@@ -185,7 +188,6 @@ def test_the_accumulation_of_the_page_is_the_estimate_of_the_whole_batch():
 
 
 def test_hutchinsons_parts_on_the_page_are_of_the_whole_loss():
-    import torch
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -227,8 +229,6 @@ def test_an_optimizers_page_explains_each_of_its_arguments():
 
 
 def test_an_optimizers_page_names_its_state():
-    import torch
-
     for page in (DOCS / "optimizers").glob("[!i]*.md"):
         (name,) = signatures([page])
         shapes = {"matrix": (2, 2), "last": (2, 2), "vector": 2}  # four of each, of which FRUGAL selects one

@@ -236,3 +236,21 @@ def test_two_tasks_go_three_ways_and_are_drawn(tmp_path: Path) -> None:
     assert ways["sum of losses"] != ways["PCGrad"] != ways["CAGrad"]
     assert ways["sum of losses"][2] == "-" and int(ways["PCGrad"][2].rstrip("%")) > 5
     assert_drawn(tmp_path / "pcgrad_two_tasks.png", output)
+
+
+def test_one_line_is_attached_to_torchs_adamw(tmp_path: Path) -> None:
+    output = run(tmp_path, "examples/attach_to_torch_adamw.py", "--steps", "60")
+    rows = dict(re.findall(r"^AdamW, (\S.*?) {2,}loss ([\d.]+)$", output, re.MULTILINE))
+    assert {"clean batches", "broken batches", "with zclip"} <= {*rows}, output
+    assert float(rows["with zclip"]) < float(rows["broken batches"])
+    assert "chain: zclip.energy -> zclip.scale" in output and "equal bit for bit" in output
+
+
+def test_trainer_takes_each_optimizer_and_resumes(tmp_path: Path) -> None:
+    output = run(tmp_path, "examples/transformers_trainer.py", "--steps", "4")
+    rows = re.findall(r"^(\S+) +(\d\.\d{4})   (-|\d\.\de-\d\d -> \d\.\de-\d\d)$", output, re.MULTILINE)
+    losses = {name: float(loss) for name, loss, _ in rows}
+    assert tuple(losses) == ("torch.optim.AdamW", "AdamW", "AdEMAMix", "Lion", "Sophia", "SCALE"), output
+    assert abs(losses["AdamW"] - losses["torch.optim.AdamW"]) <= 0.0002
+    assert [ratio == "-" for *_, ratio in rows] == [True, *[False] * 5]
+    assert "AdEMAMix and Sophia end in the same weights bit for bit" in output

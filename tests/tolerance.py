@@ -67,6 +67,8 @@ def same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def bits(x: torch.Tensor) -> torch.Tensor:
     """What `torch.equal` should see: the bits, with one NaN for all (its sign and payload mean nothing)."""
+    if not x.is_floating_point():
+        return x
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return torch.where(x.isnan(), torch.full_like(x, torch.nan), x).view(kind)
 

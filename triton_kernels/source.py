@@ -308,17 +308,19 @@ def apply(kind: "Kind", ps: "Pass") -> Source:
     """The whole chain, and the stores."""
     w = writer(kind, ps)
     opening = w.opening()
-    if kind.rounding == "stochastic" and ps.writes:
+    if kind.rounding == "stochastic" and ps.target == "p":
         random = {r: w.layout.of(r) for r in ("element", "index", "key")}
         opening += [*(f"{r} = {x}" for r, x in random.items()), "element += start", "clock = tl.load(step)"]
         w.inputs += [*random, "clock"]
-    body = w.links() + write(w) * ps.writes
+    body = w.links() + write(w)
     body += [w.stored(f"s_{n}", f"narrow(s_{n}, {TYPES[w.roles[f's_{n}']]})") for n in ps.stores]
     return w.text(w.apply, opening=opening, body=body, loop=[w.call()], ending=[])
 
 
 def write(w: Writer) -> list[str]:
-    """The stores of the parameter, as its rounding says."""
+    """The stores of the gradient, to nearest, or of the parameter, as its rounding says."""
+    if w.ps.target != "p":
+        return [w.stored("g", f"narrow(u, {TYPES[w.kind.gdtype]})")] * (w.ps.target == "g")
     low = TYPES[w.kind.dtype]
     if w.kind.rounding == "stochastic":
         return [w.stored("p", f"stochastic(p, philox(element + {w.lanes}, clock, index, key), {low})")]

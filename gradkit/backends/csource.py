@@ -140,8 +140,10 @@ def links(kind: "Kind", rules: "list[tuple[int, Placed]]") -> list[str]:
     return out
 
 
-def write(kind: "Kind") -> list[str]:
-    """The stores of the parameter, as its rounding says."""
+def write(kind: "Kind", target: str) -> list[str]:
+    """The stores of the gradient, to nearest, or of the parameter, as its rounding says."""
+    if target != "p":
+        return [f"P_g[i] = store_{STORAGE[kind.gdtype][1]}(u);"] * (target == "g")
     store = STORAGE[kind.dtype][1]
     if kind.rounding == "stochastic":
         stream = random.stream("write")
@@ -179,7 +181,7 @@ class Function:
             return lines + ["g = -g;"] * kind.program.maximize + ["T u = g;"]
 
         body = loads([r for r in roles if r not in low and (r != "p" or ps.reads_p)])
-        if kahan and ps.writes:
+        if kahan and ps.target == "p":
             body.append("T p_before = p;")
         before, inside, outside, after = ps.parts()
         rest = links(kind, before) + (links(kind, outside) + ["u = S[i] ? U[i] : u;"]) * ps.splits + links(kind, after)
@@ -211,9 +213,9 @@ class Function:
             loop = reduction(measure, body)
         else:
             stores = [stored(n) for n in ps.stores if f"s_{n}" not in low]
-            lines = "\n    ".join(body + write(kind) * ps.writes + stores)
+            lines = "\n    ".join(body + write(kind, ps.target) + stores)
             loop = f"for (long i = 0; i < n; i++) {{\n    {lines}\n  }}"
-        written = {*(f"s_{n}" for n in ps.stores), *(["p", "rest"] * ps.writes)}
+        written = {*(f"s_{n}" for n in ps.stores), ps.target, *["rest"] * (ps.target == "p")}
         names = [("const " if r not in written else "") + f"{STORAGE[d][0]} *restrict P_{r}" for r, d in roles.items()]
         starts = ["first" if r in low else "start" for r in roles]
         self.arguments = [

@@ -208,13 +208,16 @@ class Eager:
             for part in self.parts(ps, t):
                 seen = self.walk(ps, part)
                 old = [part.slots[name] for name in ps.stores]
-                new = [seen["p"], *(seen[f"slot {name}"] for name in ps.stores)]
+                written = seen["p" if ps.target == "p" else "u"]
+                new = [written, *(seen[f"slot {name}"] for name in ps.stores)]
                 # a rule may hand on one slot's tensor as another's new value
-                p, *new = [x.clone() if any(x is y for y in part.slots.values()) else x for x in new]
+                written, *new = [x.clone() if any(x is y for y in part.slots.values()) else x for x in new]
                 for slot, x in zip(old, new, strict=True):
                     slot.copy_(x.view(slot.shape))
-                if ps.writes:
-                    self.write(part, p, t)
+                if ps.target == "p":
+                    self.write(part, written, t)
+                elif ps.target == "g":
+                    part.g.copy_(written)
 
     def write(self, part: Part, p: Tensor, t: int) -> None:
         """Store a parameter as its rounding says."""

@@ -32,7 +32,7 @@ from gradkit.transforms import (
     zclip,
 )
 from tests.curvature import EVERY, SquaresOfGradients
-from tests.sharding import gradients, losses, selections, units
+from tests.sharding import attached, gradients, losses, selections, units
 from tests.sharding.units import equal, full, line, near, shard
 from tests.sharding.world import RANKS
 
@@ -312,6 +312,7 @@ def all_cases() -> Iterator[tuple[str, Callable[[Path], None]]]:
         takes_over_from_torch,
         ring_slots_stay_sharded_at_their_dtype,
         counts_are_those_of_one_process,
+        *attached.LAWS,
         *gradients.LAWS,
         *selections.LAWS,
         *losses.LAWS,

@@ -400,7 +400,7 @@ MUTANTS = (
         ("SPAM: the authors' density has no decay", 'param_group["decay"] = "none"', "pass", NO_DECAY),
     ),
     *rows(
-        "optimizer.py",
+        "machine.py",
         (
             "split: state starts fresh",
             "elif anew and name in stale:",

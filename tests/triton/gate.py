@@ -15,7 +15,15 @@ from gradkit import chain
 from gradkit.explain import expected
 from gradkit.plan import Batch, Pass
 from gradkit.stats import norms
-from gradkit.transforms import adaptive_clip, cautious, clip_by_global_norm, clip_by_norm, grokfast_ema, zclip
+from gradkit.transforms import (
+    adaptive_clip,
+    cautious,
+    clip_by_global_norm,
+    clip_by_norm,
+    clip_by_value,
+    grokfast_ema,
+    zclip,
+)
 
 BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 ELEMENT = re.compile(r"tensor<\d+x(?:!tt\.ptr<)?(b?f\d+)")
@@ -24,6 +32,10 @@ MASKED = re.compile(r"(?:load [^,:]+|store [^,:]+, [^,:]+), %")
 BF16 = torch.bfloat16
 CLIP = {"transforms": [clip_by_global_norm(1.0)]}
 FIVE = {"transforms": [clip_by_norm(1.0), grokfast_ema(), cautious()], "decay": "cautious", "weight_decay": 0.1}
+
+
+def clipped(params: list[torch.nn.Parameter], **options: Any) -> Any:
+    return gradkit.attach(torch.optim.SGD(params), clip_by_value(1.0))
 
 
 def scale(params: list[torch.nn.Parameter], role: str) -> gradkit.Optimizer:
@@ -62,6 +74,8 @@ CHAINS: dict[str, tuple[Callable[..., gradkit.Optimizer], torch.dtype, dict[str,
     "FRUGAL, entries": (frugal, torch.float32, {"split": "randk"}),
     "FRUGAL, entries, bf16": (frugal, BF16, {"split": "randk"}),
     "FRUGAL, entries, stats": (frugal, torch.float32, {"split": "randk", "transforms": [chain(norms)]}),
+    "attached clip by value": (clipped, torch.float32, {}),
+    "attached clip by value, bf16": (clipped, BF16, {}),
     "own chain of five links": (gradkit.AdamW, torch.float32, FIVE),
 }
 

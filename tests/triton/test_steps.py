@@ -16,7 +16,7 @@ from gradkit import transforms as tx
 from gradkit.ops import absolute, lerp, maximum, sign, sqrt, where
 from gradkit.triton_kernels import launch
 from gradkit.triton_kernels.memory import INTERPRETED
-from tests import test_golden
+from tests import test_attach, test_golden
 from tests.cases import BY_NAME, CASES
 from tests.runs import ran_on, replay
 from tests.test_backends import EXACT, INEXACT, SMALL, STORAGES, Storage, channels_last, hostile, run
@@ -102,6 +102,20 @@ def test_zclip_in_triton_cuts_and_remembers_as_the_authors_do(name, file):
 
 def test_adaptive_clip_in_triton_cuts_as_the_authors_do():
     test_golden.test_adaptive_clip_cuts_as_the_authors_do("triton")
+
+
+@pytest.mark.parametrize("name", ["clip_by_value", "grokfast_ma", "zclip", "adaptive_clip"])
+def test_what_is_attached_leaves_in_the_gradient_what_an_own_step_takes(name):
+    test_attach.test_behind_it_sgd_moves_each_parameter_by_minus_the_transformed_gradient(name, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_low_precision_gradient_is_rounded_once(dtype):
+    test_attach.test_what_a_low_precision_gradient_becomes_is_rounded_once(dtype, "triton")
+
+
+def test_a_gradient_of_another_layout_gets_its_values():
+    test_attach.test_a_gradient_of_another_layout_gets_its_values("transposed", "triton")
 
 
 @rule(slots=("level",), stage=gradkit.Stage.GRAD)

@@ -1,0 +1,163 @@
+"""What another optimizer's state dict holds of what is attached to it: written, taken out before torch casts it."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import sharding
+from .chain import Placed
+from .plan import Program
+from .selection import turn_of
+from .transform import Measure
+
+if TYPE_CHECKING:
+    from .attach import Attached
+
+IN_STATE, IN_GROUP = "gradkit_", "gradkit."  # what names of ours begin with, in an entry of the state and in a group
+log = logging.getLogger("gradkit")
+
+
+class Loaded(NamedTuple):
+    """What a state dict holds of ours, until torch has loaded the rest."""
+
+    state: dict[Tensor, dict[str, Tensor]]
+    arguments: list[dict[str, Any]]  # of each group, as they were before
+
+
+def label(piece: Placed) -> str:
+    """What a link's arguments and state go by."""
+    return piece.chain.name or piece.link.name
+
+
+def names_of(program: Program) -> dict[str, str]:
+    """What a file calls our slots, counters and numbers of measures."""
+    names = {}
+    for x in program.pieces:
+        link, derive = x.link, x.chain.derive
+        numbers = link.state if isinstance(link, Measure) and link.scope == "tensor" else ()
+        for name in (*(s.name for s in link.slots), *numbers):
+            names[x.prefix + name] = f"{IN_STATE}{label(x)}_{name}"
+        for name in derive.counters if derive else ():
+            names.setdefault(x.counter(name), f"{IN_STATE}{label(x)}_{name}")
+    return names
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for g in optimizer.param_groups for p in g["params"]]
+
+
+def save(handle: "Attached", state_dict: dict[str, Any]) -> None:
+    """Write our state beside the optimizer's: slots as tensors; numbers as Python's, which loading doesn't cast."""
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    keys = [key for g in groups for key in g["params"]]
+    for key, p in zip(keys, parameters(handle.optimizer), strict=True):
+        if mine := handle.state.get(p):
+            named = {handle.names[n]: float(v) if n in handle.numbers else v for n, v in mine.items()}
+            state[key] = {**state.get(key, {}), **named}
+    for key in {IN_GROUP + n for n in handle._kept} & {*groups[0]}:
+        groups[0][key] = float(groups[0][key])
+
+
+def read(handle: "Attached", foreign: Sequence[Mapping[str, Any]], entries: Sequence[Any]) -> dict[Tensor, dict]:
+    """What the entries of parameters hold of ours, at declared dtypes; raises where it belongs to another model."""
+    state, groups = {}, handle.groups(foreign)
+    for _, program, member in handle.seats(groups, partial(turn_of, clock=1.0)):
+        p, group, entry = member.p, groups[member.group], entries[member.at]
+        mine: dict[str, Tensor] = {}
+        for name, key in handle.names.items() if isinstance(entry, Mapping) else ():
+            value = entry.get(key)
+            if value is None:
+                continue
+            if name in program.memory:
+                mine[name] = torch.tensor(float(value), dtype=torch.float64, device=p.device)
+            elif name in handle.numbers:
+                mine[name] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
+            else:
+                length = program.ring_length(name, group)
+                wanted = p.shape if length is None else (length, *p.shape)
+                if value.shape != wanted or sharding.is_sharded(value) != sharding.is_sharded(p):
+                    raise ValueError(
+                        f"{handle.who}: {key!r} of parameter {member.at} has shape {tuple(value.shape)}, it needs "
+                        f"{tuple(wanted)}, sharded as the parameter is; load what was saved for this model"
+                    )
+                dtype = program.slot_dtype(name, p, group)
+                mine[name] = value.detach().to(device=p.device, dtype=dtype, copy=True)
+        if mine:
+            state[p] = mine
+    return state
+
+
+def take(handle: "Attached", beside: "Sequence[Attached]", state_dict: dict[str, Any]) -> tuple[Loaded, dict[str, Any]]:
+    """Ours of a state dict that is about to be loaded, checked, and the rest for torch.
+
+    beside: all that is attached to the optimizer.
+    """
+    groups, here = state_dict["param_groups"], handle.optimizer.param_groups
+    keep, counted = handle.keys(), {handle.clock_key, *(IN_GROUP + n for n in handle._kept)}
+    arguments = [{k: g[k] for k in keep - counted & {*g}} for g in here]  # how far the file is, the file says
+    merged = [
+        {**g, **dict.fromkeys(counted, 0.0), **before, **{k: saved[k] for k in keep & {*saved}}}
+        for g, before, saved in zip(here, arguments, groups, strict=True)
+    ]
+    keys = [key for g in groups for key in g["params"]]
+    loaded = Loaded(read(handle, merged, [state_dict["state"].get(key) for key in keys]), arguments)
+    lacking = {IN_GROUP + n for n in handle._kept} - {*groups[0]}
+    lacking |= {*handle.names.values()} if not loaded.state else set()
+    if lacking and state_dict["state"] and float(groups[0].get(handle.clock_key, 1.0)):
+        log.warning("%s: the state dict lacks %s: it starts fresh", handle.who, ", ".join(sorted(lacking)))
+    entries = {key: e for key, e in state_dict["state"].items() if isinstance(e, Mapping)}
+    strange = {k for e in entries.values() for k, v in e.items() if str(k).startswith(IN_STATE) and v is not None}
+    strange -= {x for h in beside for x in h.names.values()}
+    strange |= {k for g in groups for k in g if k.startswith(IN_GROUP)} - {x for h in beside for x in h.keys()}
+    if strange:
+        log.warning(
+            "%s: the state dict's %s belongs to nothing attached here: attach the same transforms",
+            handle.who,
+            ", ".join(sorted(strange)),
+        )
+    ours = {*handle.names.values(), *strange}
+    rest = {key: {k: v for k, v in e.items() if k not in ours} for key, e in entries.items()}
+    if loads_itself(handle.optimizer):
+        rest = {key: {k: None if k in ours else v for k, v in e.items()} for key, e in entries.items()}
+    gone = {key for key, e in rest.items() if entries[key] and not e}  # the optimizer had no state there
+    state = {key: rest.get(key, e) for key, e in state_dict["state"].items() if key not in gone}
+    left = [{k: v for k, v in g.items() if k not in strange} for g in groups]
+    return loaded, {**state_dict, "state": state, "param_groups": left}
+
+
+def loads_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its class goes on behind torch's load, and may look for every key of the file: it finds None for ours."""
+    return type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict
+
+
+def sweep(optimizer: torch.optim.Optimizer) -> None:
+    """Take out what was left for such a class."""
+    for p, entry in list(optimizer.state.items()):
+        marks = [k for k, v in entry.items() if v is None and str(k).startswith(IN_STATE)] if entry else []
+        for key in marks:
+            del entry[key]
+        if marks and not entry:
+            del optimizer.state[p]  # or the optimizer would think that it has state
+
+
+def adopt(handle: "Attached") -> dict[Tensor, dict]:
+    """Take out what a load, before anything was attached, has left with the optimizer."""
+    optimizer, rounded = handle.optimizer, set()
+    found = read(handle, optimizer.param_groups, [optimizer.state.get(p) for p in parameters(optimizer)])
+    for p, mine in found.items():  # nothing has changed up to here
+        entry = optimizer.state[p]
+        given = {name: entry.pop(handle.names[name]) for name in mine}
+        rounded |= {handle.names[n] for n in {*mine} - handle.numbers if given[n].dtype != mine[n].dtype}
+        if not entry:
+            del optimizer.state[p]
+    if rounded:
+        log.warning(
+            "%s: load_state_dict has rounded %s to the parameters' dtype: attach before it",
+            handle.who,
+            ", ".join(sorted(rounded)),
+        )
+    return found
