@@ -1,0 +1,327 @@
+"""gradkit in Lightning's Trainer: statistics to its loggers, Sophia's estimates, several losses in one step.
+
+gradkit's optimizers need nothing of this: return one from `configure_optimizers`. For the package `lightning`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import random
+from ..estimators import gnb_labels
+from ..graph import check_loss
+from ..multiloss import Method, average, backward
+from ..optim.sophia import Sophia
+from ..optimizer import Optimizer
+from ..options import STEPS, brief, check_number
+from ..sharding import refuse_sharded
+
+try:
+    import lightning.pytorch as pl
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"gradkit.integrations.lightning: there is no module {error.name!r}; pip install 'gradkit[lightning]'",
+        name=error.name,
+    ) from error
+
+__all__ = ["MultiLoss", "OptimizerMonitor", "SophiaHessian"]
+
+LogitsOf = Callable[[pl.LightningModule, Any], tuple[Tensor, Tensor | None]]
+
+
+class OptimizerMonitor(pl.Callback):
+    """What a step did, to the loggers: `opt.stats` of gradkit's optimizers, and how often several losses conflict.
+
+    For each optimizer `<class>/<figure>/<parameter>`, for norms and their ratio also `<class>/<figure>` of all
+    together; `update_to_weight` is update_norm / weight_norm. Of a `MultiLoss` module `<method>/conflict_rate`. Optimizers of
+    others have no figures; where there is nothing to log, training doesn't start.
+
+    every: steps from one count to the next; the steps between wait for nothing.
+    """
+
+    def __init__(self, every: int = 100) -> None:
+        check_number("OptimizerMonitor", "every", every, STEPS)
+        self.every = int(every)
+        self._counting: dict[str, Optimizer] = {}
+        self._read: dict[str, float] = {}  # the clock at which figures were last read
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.loggers:
+            raise MisconfigurationException("OptimizerMonitor: the Trainer has no logger; give it one, or True")
+        ours = [opt for opt in trainer.optimizers if isinstance(opt, Optimizer)]
+        if not ours and not isinstance(pl_module, MultiLoss):
+            raise MisconfigurationException(
+                f"OptimizerMonitor: {classes(trainer.optimizers)} counts nothing; use an optimizer of gradkit"
+            )
+        self._counting = dict(zip(labels(ours), ours, strict=True))
+        for opt in ours:
+            opt.stats(every=self.every)
+        self._read = {label: opt.clock for label, opt in self._counting.items()} | {"losses": trainer.global_step}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        found: dict[str, float] = {}
+        for label, opt in self._counting.items():
+            if self._due(label, opt.clock):
+                found |= figures(label, opt, pl_module)
+        if isinstance(pl_module, MultiLoss) and self._due("losses", trainer.global_step):
+            method = pl_module.method
+            if method is not None and method.last is not None:
+                found[f"{type(method).__name__}/conflict_rate"] = method.last.conflict_rate.item()
+        if found:
+            for logger in trainer.loggers:
+                # What self.log has of this batch goes under the same number, which no property gives.
+                logger.log_metrics(found, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _due(self, label: str, clock: float) -> bool:
+        """Whether a step has counted since the last time; several may lie in one batch."""
+        before, self._read[label] = self._read[label], clock
+        return clock // self.every > before // self.every
+
+
+def labels(optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:
+    """Their classes, with a number where one comes again: as LearningRateMonitor has them."""
+    made: list[str] = []
+    for opt in optimizers:
+        name = type(opt).__name__
+        same = sum(label.partition("-")[0] == name for label in made)
+        made.append(f"{name}-{same}" if same else name)
+    return made
+
+
+def classes(optimizers: Iterable[torch.optim.Optimizer]) -> str:
+    """Whose they are, in a message."""
+    return ", ".join(f"{type(opt).__module__.partition('.')[0]}'s {type(opt).__name__}" for opt in optimizers)
+
+
+def figures(label: str, opt: Optimizer, module: torch.nn.Module) -> dict[str, float]:
+    """The last counted step, by name in a logger; parameters by their names in the module."""
+    called = {id(p): name for name, p in module.named_parameters()}
+    params = [p for group in opt.param_groups for p in group["params"]]
+    out: dict[str, float] = {}
+    squares = dict.fromkeys(("grad_norm", "update_norm", "weight_norm"), 0.0)
+    for name, seen in opt.stats().items():
+        if name.isdecimal():  # the optimizer was given no names
+            name = called.get(id(params[int(name)]), name)
+        if seen["weight_norm"]:
+            seen["update_to_weight"] = seen["update_norm"] / seen["weight_norm"]
+        out |= {f"{label}/{figure}/{name}": value for figure, value in seen.items()}
+        squares = {figure: total + seen[figure] ** 2 for figure, total in squares.items()}
+    if out:
+        whole = {figure: sqrt(total) for figure, total in squares.items()}
+        if whole["weight_norm"]:
+            whole["update_to_weight"] = whole["update_norm"] / whole["weight_norm"]
+        out |= {f"{label}/{figure}": value for figure, value in whole.items()}
+    return out
+
+
+def of_pair(module: pl.LightningModule, batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Logits and labels, where a batch is (x, y) and the module's forward gives the logits of x."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise TypeError(
+            "SophiaHessian: a batch is no pair (x, y); give SophiaHessian(lambda module, batch: (logits, labels))"
+        )
+    return module(batch[0]), batch[1]
+
+
+class SophiaHessian(pl.Callback):
+    """Gives `gradkit.Sophia` its estimates: one more pass in front of every `hessian_every`-th step.
+
+    Labels are drawn from the model's own softmax, over all ranks. What is drawn, dropout included, follows from the
+    optimizer's seed, the step and the rank; `p.grad` and the random numbers of the training are left as they are.
+
+    logits: a function (module, batch) -> (logits [..., classes], the labels of the data [...] or None); the module's
+        forward and a batch (x, y) need none. It may take a part of the batch.
+    ignore_index: labels of the data that don't count.
+    """
+
+    def __init__(self, logits: LogitsOf = of_pair, *, ignore_index: int = -100) -> None:
+        if not callable(logits):
+            raise TypeError(f"SophiaHessian: logits={brief(logits)}: give a function of (module, batch)")
+        self.logits, self.ignore_index = logits, ignore_index
+        self._step = -1
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = [opt for opt in trainer.optimizers if isinstance(opt, Sophia)]
+        if not found:
+            raise MisconfigurationException(
+                f"SophiaHessian: {classes(trainer.optimizers)} takes no estimates; return gradkit.Sophia from "
+                f"configure_optimizers, or leave this callback out"
+            )
+        for p in (p for opt in found for group in opt.param_groups for p in group["params"]):
+            refuse_sharded("SophiaHessian", p)
+        self._step = -1
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # a further micro-batch
+            return
+        self._step = trainer.global_step
+        for opt in trainer.optimizers:
+            if isinstance(opt, Sophia) and opt.hessian_due:
+                self.estimate(trainer, pl_module, opt, batch)
+
+    def estimate(self, trainer: pl.Trainer, module: pl.LightningModule, opt: Sophia, batch: Any) -> None:
+        """Let one estimate into the optimizer's state."""
+        # Not through the DDP wrapper, whose hooks would take these gradients for a step's.
+        params = [p for group in opt.param_groups for p in group["params"]]
+        trained = [p for p in params if p.requires_grad]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        with torch.enable_grad(), drawing(module.device, opt, trainer.global_rank):
+            with trainer.precision_plugin.train_step_context():
+                logits, targets = self.logits(module, batch)
+                labels = gnb_labels(logits, self.ignore_index, targets=targets)
+                count = int(trainer.strategy.reduce((labels != self.ignore_index).sum(), reduce_op="sum"))
+                if not count:
+                    return
+                summed = F.cross_entropy(
+                    logits.flatten(0, -2), labels.flatten(), ignore_index=self.ignore_index, reduction="sum"
+                )
+                loss = summed * (trainer.world_size / count)  # whose mean over ranks is that over all labels
+            scaled = loss if scaler is None else scaler.scale(loss)
+            found = [list(torch.autograd.grad(scaled, trained, allow_unused=True))]
+        if trainer.world_size > 1:
+            average(found)
+        given = dict(zip(trained, found[0], strict=True))
+        held = [p.grad for p in params]
+        try:
+            for p in params:
+                p.grad = given.get(p)
+            opt.update_hessian(batch_size=count, scaler=scaler)
+        finally:
+            for p, g in zip(params, held, strict=True):
+                p.grad = g
+
+
+@contextmanager
+def drawing(device: torch.device, opt: Sophia, rank: int) -> Iterator[None]:
+    """Random numbers that follow from the optimizer's seed, the step and the rank; those outside go on as before."""
+    seed, name = int(opt.param_groups[0]["seed"]), random.stream("sophia_hessian")
+    zero = torch.zeros((), dtype=torch.int64)
+    high, low, *_ = (int(word) for word in random.words(zero, int(opt.clock), rank, seed, name))
+    there = None if device.type == "cpu" else torch.get_device_module(device)
+    with torch.random.fork_rng([device] if there else [], device_type=device.type if there else "cuda"):
+        torch.default_generator.manual_seed(high << 32 | low)
+        if there:
+            there.manual_seed(high << 32 | low)
+        yield
+
+
+class MultiLoss(pl.LightningModule):
+    """A module whose `training_step` returns `self.losses(one, two)`: its method combines their gradients.
+
+        class Net(MultiLoss, LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.method = gradkit.multiloss.PCGrad()
+
+    As `gradkit.backward` does, with the Trainer's accumulation, scaler and ranks. The checkpoint holds the method's
+    state; your own `on_save_checkpoint` and `on_load_checkpoint` have to call super().
+
+    method: `gradkit.multiloss.PCGrad()` or `CAGrad()`.
+    """
+
+    method: Method | None = None
+
+    def losses(self, *losses: Tensor) -> Tensor:
+        """Their sum, from which `backward` makes the gradient of each; one alone is an ordinary loss.
+
+        It may be scaled (`self.losses(one, two) / 2`), but what is added to it has to be one of the losses.
+        """
+        if not losses:
+            raise ValueError("MultiLoss.losses: give the loss of each task: self.losses(one, two)")
+        for i, loss in enumerate(losses):
+            check_loss("MultiLoss.losses", f"losses[{i}]", loss)
+        if not isinstance(self.method, Method):
+            raise TypeError(
+                f"MultiLoss: self.method={brief(self.method)}: set it in __init__: "
+                f"self.method = gradkit.multiloss.PCGrad() or CAGrad()"
+            )
+        if not torch.is_grad_enabled():
+            return sum_of(losses)
+        return Joined.apply(losses[0].new_zeros((), requires_grad=True), *losses)
+
+    def shared_parameters(self) -> Iterable[Any] | None:
+        """The parameters to combine; None: those that two losses or more reach. To be overridden."""
+        return None
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """For the Trainer, and for `self.manual_backward`."""
+        joined = behind(loss)
+        if joined is None:
+            raise RuntimeError(
+                "MultiLoss: a loss that is more, or other, than self.losses(...): give each term to self.losses(); "
+                "a loss without others is self.losses(loss)"
+            )
+        if not joined.losses:
+            raise RuntimeError("MultiLoss: this loss has gone backward already, and its graphs are freed")
+        joined.allowed = True
+        if len(joined.losses) == 1:
+            super().backward(loss, *args, **kwargs)
+            return
+        if args or kwargs:
+            raise TypeError(
+                f"MultiLoss: backward got {brief((*args, *kwargs))}: graphs are freed, and gradients have none; "
+                f"call self.manual_backward(loss)"
+            )
+        (factor,) = torch.autograd.grad(loss, joined.start)  # of the scaler, of accumulation and of the user
+        losses, joined.losses = joined.losses, ()
+        assert self.method is not None
+        backward(
+            [one * factor for one in losses], self.parameters(), self.method, shared=self.shared_parameters()
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.method is not None:
+            checkpoint["gradkit.method"] = self.method.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.method is not None and "gradkit.method" in checkpoint:
+            self.method.load_state_dict(checkpoint["gradkit.method"])
+
+
+def sum_of(losses: Iterable[Tensor]) -> Tensor:
+    total: Any = sum(loss.reshape(()) for loss in losses)
+    return total
+
+
+class Joined(torch.autograd.Function):
+    """A sum whose node knows the terms, and a start: the gradient there is the factor of what was made of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, *losses: Tensor) -> Tensor:
+        ctx.start, ctx.losses, ctx.allowed = start, losses, False
+        return sum_of(losses)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        if not ctx.allowed:
+            raise RuntimeError(
+                "MultiLoss: a backward that knows nothing of the method, which would take the plain sum: in "
+                "training_step call self.manual_backward(loss); strategies with a backward of their own are not "
+                "supported"
+            )
+        return grad, *(grad.reshape(loss.shape) for loss in ctx.losses)
+
+
+def behind(loss: Tensor) -> Any:
+    """The node of the sum that this loss is, times a factor; None if it is anything else."""
+    node, at = loss.grad_fn, loss.output_nr
+    while node is not None and not hasattr(node, "losses"):
+        following = [x for x in node.next_functions if x[0] is not None]
+        if type(node).__name__ == "_DDPSinkBackward":  # DDP's, of all that training_step returns, unchanged
+            following = [node.next_functions[at]]
+        if len(following) != 1:
+            return None
+        node, at = following[0]
+    return node
