@@ -67,6 +67,8 @@ class OptimizerMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if not trainer.is_global_zero:
+            return
         found: dict[str, float] = {}
         for label, opt in self._counting.items():
             if self._due(label, opt.clock):
@@ -275,9 +277,7 @@ class MultiLoss(pl.LightningModule):
         (factor,) = torch.autograd.grad(loss, joined.start)  # of the scaler, of accumulation and of the user
         losses, joined.losses = joined.losses, ()
         assert self.method is not None
-        backward(
-            [one * factor for one in losses], self.parameters(), self.method, shared=self.shared_parameters()
-        )
+        backward([one * factor for one in losses], self.parameters(), self.method, shared=self.shared_parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

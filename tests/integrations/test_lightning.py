@@ -120,9 +120,7 @@ def test_a_scaler_skips_the_step_of_an_overflow(kind):
     reached = []
     for module in (cls() for cls in PAIRS[kind]):
         after = {"automatic": 3, "manual": 2}[kind]  # steps; then the factor grows too far, and the next overflows
-        plugin = scaling(
-            init_scale=2.0**10, growth_factor=2.0**40, growth_interval=after, backoff_factor=2.0**-40
-        )
+        plugin = scaling(init_scale=2.0**10, growth_factor=2.0**40, growth_interval=after, backoff_factor=2.0**-40)
         trainer = fit(module, plugins=[plugin])
         assert plugin.scaler.get_scale() == 2.0**10
         reached.append(weights(module))
