@@ -39,8 +39,8 @@ class OptimizerMonitor(pl.Callback):
     """What a step did, to the loggers: `opt.stats` of gradkit's optimizers, and how often several losses conflict.
 
     For each optimizer `<class>/<figure>/<parameter>`, for norms and their ratio also `<class>/<figure>` of all
-    together; `update_to_weight` is update_norm / weight_norm. Of a `MultiLoss` module `<method>/conflict_rate`. Optimizers of
-    others have no figures; where there is nothing to log, training doesn't start.
+    together; `update_to_weight` is update_norm / weight_norm. Of a `MultiLoss` module `<method>/conflict_rate`.
+    Optimizers of others have no figures; where there is nothing to log, training doesn't start.
 
     every: steps from one count to the next; the steps between wait for nothing.
     """
@@ -139,15 +139,15 @@ class SophiaHessian(pl.Callback):
     Labels are drawn from the model's own softmax, over all ranks. What is drawn, dropout included, follows from the
     optimizer's seed, the step and the rank; `p.grad` and the random numbers of the training are left as they are.
 
-    logits: a function (module, batch) -> (logits [..., classes], the labels of the data [...] or None); the module's
-        forward and a batch (x, y) need none. It may take a part of the batch.
+    logits: a function (module, batch) -> (logits [..., classes], the labels of the data [...] or None), of a part of
+        the batch if you like; None: `module(x)` and y of a batch (x, y).
     ignore_index: labels of the data that don't count.
     """
 
-    def __init__(self, logits: LogitsOf = of_pair, *, ignore_index: int = -100) -> None:
-        if not callable(logits):
-            raise TypeError(f"SophiaHessian: logits={brief(logits)}: give a function of (module, batch)")
-        self.logits, self.ignore_index = logits, ignore_index
+    def __init__(self, logits: LogitsOf | None = None, *, ignore_index: int = -100) -> None:
+        if logits is not None and not callable(logits):
+            raise TypeError(f"SophiaHessian: logits={brief(logits)}: give a function of (module, batch), or None")
+        self.logits, self.ignore_index = logits or of_pair, ignore_index
         self._step = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -189,10 +189,10 @@ class SophiaHessian(pl.Callback):
                 )
                 loss = summed * (trainer.world_size / count)  # whose mean over ranks is that over all labels
             scaled = loss if scaler is None else scaler.scale(loss)
-            found = [list(torch.autograd.grad(scaled, trained, allow_unused=True))]
+            found: list[Tensor | None] = [*torch.autograd.grad(scaled, trained, allow_unused=True)]
         if trainer.world_size > 1:
-            average(found)
-        given = dict(zip(trained, found[0], strict=True))
+            average([found])
+        given = dict(zip(trained, found, strict=True))
         held = [p.grad for p in params]
         try:
             for p in params:

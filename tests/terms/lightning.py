@@ -1,0 +1,86 @@
+"""The terms of the callbacks and the mixin for Lightning."""
+
+from tests.terms import rows
+
+
+def trained(name: str, *parameters: str) -> str:
+    return f"integrations/test_lightning.py::test_{name}" + (f"[{'-'.join(parameters)}]" if parameters else "")
+
+
+def ranks(name: str) -> str:
+    return f"integrations/test_lightning_ranks.py::test_on_two_ranks[{name}]"
+
+
+WRONG = trained("what_several_losses_cannot_be_is_said_before_any_gradient")
+LEFT = trained("estimates_leave_gradients_and_random_numbers_alone_and_follow_from_seed_and_step")
+ACCUMULATED = "{'accumulate_grad_batches': 2}"
+MUTANTS = (
+    *rows(
+        "integrations/lightning.py",
+        (
+            "OptimizerMonitor: the counted steps",
+            "clock // self.every > before // self.every",
+            "True",
+            trained("figures_of_the_counted_steps_reach_the_logger"),
+        ),
+        (
+            "SophiaHessian: once a step",
+            "if trainer.global_step == self._step:",
+            "if False:",
+            trained("estimates_are_those_of_the_loop_by_hand", ACCUMULATED),
+        ),
+        (
+            "SophiaHessian: the scaler's factor",
+            "loss if scaler is None else scaler.scale(loss)",
+            "loss",
+            trained("estimates_are_those_of_the_loop_by_hand", "{'plugins': 'scaler'}"),
+        ),
+        ("SophiaHessian: p.grad", "p.grad = g\n\n\n@contextmanager", "pass\n\n\n@contextmanager", LEFT),
+        ("SophiaHessian: the step's random numbers", "int(opt.clock), rank, seed", "0, rank, seed", LEFT),
+        ("SophiaHessian: the seed's random numbers", "rank, seed, name", "rank, 0, name", LEFT),
+        (
+            "SophiaHessian: the rank's random numbers",
+            "opt, trainer.global_rank)",
+            "opt, 0)",
+            ranks("ranks_draw_labels_of_their_own"),
+        ),
+        (
+            "SophiaHessian: ranks' gradients",
+            "            average([found])",
+            "            pass",
+            ranks("an_estimate_is_of_all_labels"),
+        ),
+        (
+            "SophiaHessian: ranks' labels",
+            "(trainer.world_size / count)",
+            "(1 / count)",
+            ranks("an_estimate_is_of_all_labels"),
+        ),
+        (
+            "MultiLoss: the factor of scaler and accumulation",
+            "[one * factor for one in losses]",
+            "list(losses)",
+            trained("several_losses_are_combined_as_by_hand", "accumulation"),
+        ),
+        ("MultiLoss: nothing beside the losses", "if len(following) != 1:", "if not following:", WRONG),
+        ("MultiLoss: no other backward", "if not ctx.allowed:", "if False:", WRONG),
+        (
+            "MultiLoss: what DDP passes on",
+            "following = [node.next_functions[at]]",
+            "pass",
+            ranks("several_losses_are_combined_over_all_ranks"),
+        ),
+        (
+            "MultiLoss: shared parameters",
+            "shared=self.shared_parameters()",
+            "shared=None",
+            trained("shared_parameters_are_the_users"),
+        ),
+        (
+            "MultiLoss: the method's state",
+            'self.method.load_state_dict(checkpoint["gradkit.method"])',
+            "pass",
+            trained("orders_of_several_losses_resume_bitwise"),
+        ),
+    ),
+)
