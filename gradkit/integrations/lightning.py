@@ -1,4 +1,4 @@
-"""gradkit in Lightning's Trainer: statistics to its loggers, Sophia's estimates, several losses in one step.
+"""gradkit in Lightning's Trainer: transforms for any optimizer, statistics, Sophia's estimates, several losses.
 
 gradkit's optimizers need nothing of this: return one from `configure_optimizers`. For the package `lightning`.
 """
@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import random
+from ..attach import Attached, attach, handles, label
+from ..chain import Chain
 from ..estimators import gnb_labels
 from ..graph import check_loss
+from ..machine import checked_chain
 from ..multiloss import Method, average, backward
 from ..optim.sophia import Sophia
 from ..optimizer import Optimizer
@@ -24,15 +27,81 @@ from ..sharding import refuse_sharded
 try:
     import lightning.pytorch as pl
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"gradkit.integrations.lightning: there is no module {error.name!r}; pip install 'gradkit[lightning]'",
         name=error.name,
     ) from error
 
-__all__ = ["MultiLoss", "OptimizerMonitor", "SophiaHessian"]
+__all__ = ["GradientTransforms", "MultiLoss", "OptimizerMonitor", "SophiaHessian"]
 
 LogitsOf = Callable[[pl.LightningModule, Any], tuple[Tensor, Tensor | None]]
+
+
+class GradientTransforms(pl.Callback):
+    """Transforms of the gradient for whatever optimizer the module configures: `gradkit.attach` on each of them.
+
+        Trainer(callbacks=[GradientTransforms(zclip())])
+
+    They rewrite `p.grad` once a step: behind accumulation and the scaler's unscaling, before Lightning's own clip
+    (`gradient_clip_val`). Their state is in the checkpoint, with the optimizer's. gradkit's own optimizers take
+    `transforms=[...]` instead.
+    """
+
+    def __init__(self, *transforms: Chain) -> None:
+        if not transforms:
+            raise TypeError("GradientTransforms: give at least one, e.g. GradientTransforms(clip_by_global_norm(1.0))")
+        self.transforms = [checked_chain("GradientTransforms", x) for x in transforms]
+        self.handles: list[Attached] = []
+        self._clip_val: float | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Behind configure_optimizers, in front of the loading of their states.
+        made: list[Attached] = []
+        held = {id(handle.optimizer): handle for handle in self.handles}  # of a fit before, with the same optimizer
+        try:
+            for opt in trainer.optimizers:
+                if id(opt) not in held:
+                    made.append(attach(opt, *self.transforms))
+        except Exception:
+            for handle in made:
+                handle.detach()
+            raise
+        kept = [held[id(opt)] for opt in trainer.optimizers if id(opt) in held]
+        self.handles, self._clip_val = [*kept, *made], trainer.gradient_clip_val
+        clips = [label(x) for c in self.transforms for x in c.place() if getattr(x.link, "counts", None) in CLIPS]
+        if clips and self._clip_val:
+            rank_zero_warn(
+                f"GradientTransforms: {', '.join(clips)} and the Trainer's gradient_clip_val={self._clip_val} both "
+                f"clip, in this order; leave one of them out"
+            )
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and scaler.is_enabled() and not unscaled(scaler, optimizer):
+            return  # no step follows, or it unscales by itself, which is left to the hook in front of it
+        for handle in self.handles:
+            if handle.optimizer is optimizer:
+                handle.now()
+
+    def explain(self) -> str:
+        """What runs, for each optimizer: as `handle.explain()`."""
+        if not self.handles:
+            raise RuntimeError("GradientTransforms.explain: nothing is attached before trainer.fit()")
+        where = f"before Lightning's own clip (gradient_clip_val={self._clip_val}): "
+        return "\n".join(where + handle.explain() for handle in self.handles)
+
+
+CLIPS = ("clipped", "spikes")  # what rules that clip count
+
+
+def unscaled(scaler: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a scaler has unscaled this step's gradients, and found them finite: the wait that it has by itself."""
+    found = scaler._per_optimizer_states.get(id(optimizer), {}).get("found_inf_per_device")
+    return bool(found) and not sum(x.item() for x in found.values())
 
 
 class OptimizerMonitor(pl.Callback):
@@ -40,7 +109,8 @@ class OptimizerMonitor(pl.Callback):
 
     For each optimizer `<class>/<figure>/<parameter>`, for norms and their ratio also `<class>/<figure>` of all
     together; `update_to_weight` is update_norm / weight_norm. Of a `MultiLoss` module `<method>/conflict_rate`.
-    Optimizers of others have no figures; where there is nothing to log, training doesn't start.
+    An optimizer of others has the figures of what is attached to it (`GradientTransforms`), if that clips, and no
+    more; where there is nothing to log, training doesn't start.
 
     every: steps from one count to the next; the steps between wait for nothing.
     """
@@ -48,21 +118,26 @@ class OptimizerMonitor(pl.Callback):
     def __init__(self, every: int = 100) -> None:
         check_number("OptimizerMonitor", "every", every, STEPS)
         self.every = int(every)
-        self._counting: dict[str, Optimizer] = {}
+        self._counting: dict[str, Optimizer | Attached] = {}
         self._read: dict[str, float] = {}  # the clock at which figures were last read
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.loggers:
             raise MisconfigurationException("OptimizerMonitor: the Trainer has no logger; give it one, or True")
-        ours = [opt for opt in trainer.optimizers if isinstance(opt, Optimizer)]
-        if not ours and not isinstance(pl_module, MultiLoss):
+        self._counting = {}
+        for opt in trainer.optimizers:
+            for counting in [opt] if isinstance(opt, Optimizer) else handles(opt):
+                name = type(opt).__name__
+                same = sum(known.partition("-")[0] == name for known in self._counting)
+                self._counting[f"{name}-{same}" if same else name] = counting
+        if not self._counting and not isinstance(pl_module, MultiLoss):
             raise MisconfigurationException(
-                f"OptimizerMonitor: {classes(trainer.optimizers)} counts nothing; use an optimizer of gradkit"
+                f"OptimizerMonitor: {classes(trainer.optimizers)} counts nothing; use an optimizer of gradkit, or "
+                f"GradientTransforms"
             )
-        self._counting = dict(zip(labels(ours), ours, strict=True))
-        for opt in ours:
-            opt.stats(every=self.every)
-        self._read = {label: opt.clock for label, opt in self._counting.items()} | {"losses": trainer.global_step}
+        for counting in self._counting.values():
+            counting.stats(every=self.every)
+        self._read = dict.fromkeys(self._counting, 0.0) | {"losses": trainer.global_step}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,9 +145,9 @@ class OptimizerMonitor(pl.Callback):
         if not trainer.is_global_zero:
             return
         found: dict[str, float] = {}
-        for label, opt in self._counting.items():
-            if self._due(label, opt.clock):
-                found |= figures(label, opt, pl_module)
+        for of, counting in self._counting.items():
+            if self._due(of, counting.clock):
+                found |= figures(of, counting, pl_module)
         if isinstance(pl_module, MultiLoss) and self._due("losses", trainer.global_step):
             method = pl_module.method
             if method is not None and method.last is not None:
@@ -82,20 +157,10 @@ class OptimizerMonitor(pl.Callback):
                 # What self.log has of this batch goes under the same number, which no property gives.
                 logger.log_metrics(found, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
-    def _due(self, label: str, clock: float) -> bool:
+    def _due(self, of: str, clock: float) -> bool:
         """Whether a step has counted since the last time; several may lie in one batch."""
-        before, self._read[label] = self._read[label], clock
+        before, self._read[of] = self._read[of], clock
         return clock // self.every > before // self.every
-
-
-def labels(optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:
-    """Their classes, with a number where one comes again: as LearningRateMonitor has them."""
-    made: list[str] = []
-    for opt in optimizers:
-        name = type(opt).__name__
-        same = sum(label.partition("-")[0] == name for label in made)
-        made.append(f"{name}-{same}" if same else name)
-    return made
 
 
 def classes(optimizers: Iterable[torch.optim.Optimizer]) -> str:
@@ -103,25 +168,29 @@ def classes(optimizers: Iterable[torch.optim.Optimizer]) -> str:
     return ", ".join(f"{type(opt).__module__.partition('.')[0]}'s {type(opt).__name__}" for opt in optimizers)
 
 
-def figures(label: str, opt: Optimizer, module: torch.nn.Module) -> dict[str, float]:
+NORMS = ("grad_norm", "update_norm", "weight_norm")
+
+
+def figures(of: str, counting: Optimizer | Attached, module: torch.nn.Module) -> dict[str, float]:
     """The last counted step, by name in a logger; parameters by their names in the module."""
     called = {id(p): name for name, p in module.named_parameters()}
-    params = [p for group in opt.param_groups for p in group["params"]]
+    params = [p for group in counting.param_groups for p in group["params"]]
     out: dict[str, float] = {}
-    squares = dict.fromkeys(("grad_norm", "update_norm", "weight_norm"), 0.0)
-    for name, seen in opt.stats().items():
+    squares: dict[str, float] = {}
+    for name, seen in counting.stats().items():
         if name.isdecimal():  # the optimizer was given no names
             name = called.get(id(params[int(name)]), name)
-        if seen["weight_norm"]:
-            seen["update_to_weight"] = seen["update_norm"] / seen["weight_norm"]
-        out |= {f"{label}/{figure}/{name}": value for figure, value in seen.items()}
-        squares = {figure: total + seen[figure] ** 2 for figure, total in squares.items()}
-    if out:
-        whole = {figure: sqrt(total) for figure, total in squares.items()}
-        if whole["weight_norm"]:
-            whole["update_to_weight"] = whole["update_norm"] / whole["weight_norm"]
-        out |= {f"{label}/{figure}": value for figure, value in whole.items()}
-    return out
+        out |= {f"{of}/{figure}/{name}": value for figure, value in with_ratio(seen).items()}
+        squares |= {figure: squares.get(figure, 0.0) + seen[figure] ** 2 for figure in NORMS if figure in seen}
+    whole = {figure: sqrt(total) for figure, total in squares.items()}
+    return out | {f"{of}/{figure}": value for figure, value in with_ratio(whole).items()}
+
+
+def with_ratio(seen: dict[str, float]) -> dict[str, float]:
+    """The figures, and how far a step moves a weight beside its size, where that is not 0."""
+    if not seen.get("weight_norm"):
+        return seen
+    return {**seen, "update_to_weight": seen["update_norm"] / seen["weight_norm"]}
 
 
 def of_pair(module: pl.LightningModule, batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -11,9 +11,9 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradkit
-from gradkit.integrations.lightning import MultiLoss
+from gradkit.integrations.lightning import GradientTransforms, MultiLoss
 from gradkit.multiloss import PCGrad
-from gradkit.transforms import clip_by_global_norm
+from gradkit.transforms import clip_by_global_norm, grokfast_ema
 
 BATCHES, ROWS = 6, 8
 QUIET: dict[str, Any] = {
@@ -125,6 +125,24 @@ class Manual(LightningModule):
 
     def configure_optimizers(self):
         return gradkit.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def torch_trainer():
+    return pl.Trainer(
+        max_epochs=1,
+        callbacks=[],
+        gradient_clip_val=0.1,
+        **QUIET,
+    )
+
+
+def trainer():
+    return pl.Trainer(
+        max_epochs=1,
+        callbacks=[GradientTransforms(grokfast_ema())],
+        gradient_clip_val=0.1,
+        **QUIET,
+    )
 
 
 class Clipping(Automatic):

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import gradkit
 from gradkit import multiloss
 from gradkit.integrations import lightning as ours
-from gradkit.integrations.lightning import OptimizerMonitor, SophiaHessian
-from tests.integrations.lightning_modules import FEW_WORKERS, OWN_PYTREE, Automatic, Curved, Tasks, fit
+from gradkit.integrations.lightning import GradientTransforms, OptimizerMonitor, SophiaHessian
+from gradkit.transforms import clip_by_value
+from tests.integrations.lightning_modules import FEW_WORKERS, OWN_PYTREE, Automatic, Curved, Tasks, TorchAutomatic, fit
 from tests.sharding.units import near
 from tests.sharding.world import RANKS
 
@@ -81,6 +82,21 @@ def halves_train_as_one_process(folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(straight), weights(resumed), strict=True))
 
 
+def transforms_see_the_gradient_of_the_whole_batch(_: Path) -> None:
+    x, y = rows()
+    module, alone = TorchAutomatic(), TorchAutomatic()
+    both(module, x, y, callbacks=[GradientTransforms(clip_by_value(0.02))])
+    (optimizer,), (scheduler,) = alone.configure_optimizers()
+    for at in range(0, len(x), WHOLE):
+        optimizer.zero_grad()
+        F.cross_entropy(alone(x[at : at + WHOLE]), y[at : at + WHOLE]).backward()
+        torch.nn.utils.clip_grad_value_(alone.parameters(), 0.02)
+        optimizer.step()
+        scheduler["scheduler"].step()
+    near(weights(module), weights(alone))
+    alike_on_all_ranks(module)
+
+
 def several_losses_are_combined_over_all_ranks(_: Path) -> None:
     x, y = rows()
     for options in ({}, {"find_unused_parameters": True}, {"accumulate_grad_batches": 2}):
@@ -137,6 +153,7 @@ LAWS = {
     law.__name__: law
     for law in (
         halves_train_as_one_process,
+        transforms_see_the_gradient_of_the_whole_batch,
         several_losses_are_combined_over_all_ranks,
         an_estimate_is_of_all_labels,
         ranks_draw_labels_of_their_own,

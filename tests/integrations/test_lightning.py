@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 import gradkit
 from gradkit import multiloss, stats
 from gradkit.integrations import lightning as ours
-from gradkit.integrations.lightning import MultiLoss, OptimizerMonitor, SophiaHessian
+from gradkit.integrations.lightning import GradientTransforms, MultiLoss, OptimizerMonitor, SophiaHessian
+from gradkit.transforms import cautious, clip_by_norm, clip_by_value, grokfast_ema, spike_clip, zclip
 from tests.integrations.lightning_modules import (
     BATCHES,
     FEW_WORKERS,
@@ -33,6 +34,8 @@ from tests.integrations.lightning_modules import (
     TorchManual,
     data,
     fit,
+    torch_trainer,
+    trainer,
 )
 
 pytestmark = [pytest.mark.filterwarnings(FEW_WORKERS), pytest.mark.filterwarnings(OWN_PYTREE)]
@@ -92,11 +95,15 @@ class Seen(Logger):
         pass
 
 
-@pytest.mark.parametrize("kind", PAIRS)
-def test_the_optimizer_is_the_one_line_that_changes(kind):
-    before, after = (inspect.getsource(cls).splitlines()[1:] for cls in PAIRS[kind])
+@pytest.mark.parametrize("kind", [*PAIRS, "callback"])
+def test_one_line_changes(kind):
+    """The optimizer's, or the Trainer's callbacks."""
+    pair = PAIRS.get(kind, (torch_trainer, trainer))
+    before, after = (inspect.getsource(it).splitlines()[1:] for it in pair)  # but for the names
     changed = [x for x in difflib.ndiff(before, after) if x[0] in "-+"]
-    assert [x[0] for x in changed] == ["-", "+"] and "torch.optim.AdamW" in changed[0] and "gradkit" in changed[1]
+    assert [x[0] for x in changed] == ["-", "+"], changed
+    assert ("callbacks=[]" if kind == "callback" else "torch.optim.AdamW(") in changed[0]
+    assert ("GradientTransforms(" if kind == "callback" else "gradkit.AdamW(") in changed[1]
 
 
 RUNS: dict[str, tuple[str, dict[str, Any], float]] = {
@@ -109,17 +116,17 @@ RUNS: dict[str, tuple[str, dict[str, Any], float]] = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_weights_are_those_that_torchs_optimizer_reaches(run):
-    kind, options, relative = RUNS[run]
+@pytest.mark.parametrize("mode", RUNS)
+def test_weights_are_those_that_torchs_optimizer_reaches(mode):
+    kind, options, relative = RUNS[mode]
     theirs, mine = (cls() for cls in PAIRS[kind])
     fit(theirs, **options)
-    trainer = fit(mine, **options)
+    run = fit(mine, **options)
     near(weights(mine), weights(theirs), relative)
-    optimizer = trainer.optimizers[0]
-    steps = {"accumulation": 2, "manual": BATCHES / 2}.get(run, BATCHES)
-    assert optimizer.clock == trainer.global_step == steps and moved(mine)
-    if run == "bf16-true":
+    optimizer = run.optimizers[0]
+    steps = {"accumulation": 2, "manual": BATCHES / 2}.get(mode, BATCHES)
+    assert optimizer.clock == run.global_step == steps and moved(mine)
+    if mode == "bf16-true":
         assert {p.dtype for p in mine.parameters()} == {torch.bfloat16}
         assert {optimizer.state[p]["exp_avg"].dtype for p in mine.parameters()} == {torch.float32}
 
@@ -130,10 +137,10 @@ def test_a_scaler_skips_the_step_of_an_overflow(kind):
     for module in (cls() for cls in PAIRS[kind]):
         after = {"automatic": 3, "manual": 2}[kind]  # steps; then the factor grows too far, and the next overflows
         plugin = scaling(init_scale=2.0**10, growth_factor=2.0**40, growth_interval=after, backoff_factor=2.0**-40)
-        trainer = fit(module, plugins=[plugin])
+        run = fit(module, plugins=[plugin])
         assert plugin.scaler.get_scale() == 2.0**10
         reached.append(weights(module))
-    assert trainer.optimizers[0].clock == trainer.global_step - 1
+    assert run.optimizers[0].clock == run.global_step - 1
     near(*reached, 1e-3)
 
 
@@ -156,10 +163,10 @@ def resumed(module: type[pl.LightningModule], file: Any, options: Any = dict) ->
     fit(first, max_epochs=2, **options()).save_checkpoint(file)
     halfway = weights(first)
     torch.manual_seed(17)  # a resumed run finds torch's generator anywhere
-    trainer = fit(second, max_epochs=4, ckpt_path=file, **options())
+    run = fit(second, max_epochs=4, ckpt_path=file, **options())
     same(weights(second), weights(straight))
     assert not any(torch.equal(a, b) for a, b in zip(halfway, weights(second), strict=True))
-    assert trainer.current_epoch == 4
+    assert run.current_epoch == 4
     return second
 
 
@@ -190,17 +197,160 @@ def test_orders_of_several_losses_resume_bitwise(tmp_path):
     assert resumed(Tasks, tmp_path / "it.ckpt").method.calls == 4 * BATCHES
 
 
+# GradientTransforms
+
+
+def clipped_by_hand(accumulate: int = 1, norm: float = 0.1) -> TorchAutomatic:
+    """By value, then by norm, in front of torch's optimizer."""
+    module = TorchAutomatic()
+    (optimizer,), (config,) = module.configure_optimizers()
+    for i, (x, y) in enumerate(data()):
+        (F.cross_entropy(module(x), y) / accumulate).backward()
+        if i % accumulate == accumulate - 1:
+            torch.nn.utils.clip_grad_value_(module.parameters(), 0.02)
+            torch.nn.utils.clip_grad_norm_(module.parameters(), norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            config["scheduler"].step()
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:GradientTransforms. clip_by_value and the Trainer's")
+@pytest.mark.parametrize("kind", ["closure", "accumulation", "scaler", "fused", "fused, scaler"])
+def test_transforms_run_once_before_the_trainers_clip(kind):
+    module, options = (
+        TorchAutomatic(),
+        {"gradient_clip_val": 0.1, "callbacks": [GradientTransforms(clip_by_value(0.02))]},
+    )
+    if kind == "accumulation":
+        options["accumulate_grad_batches"] = 2
+    if "scaler" in kind:
+        plugin = scaling(init_scale=2.0**10)
+        plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)
+        options["plugins"] = [plugin]
+    if "fused" in kind:
+        make = module.configure_optimizers
+        (optimizer,), schedulers = make()
+        fused = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
+        schedulers[0]["scheduler"] = torch.optim.lr_scheduler.StepLR(fused, 2, 0.5)
+        module.configure_optimizers = lambda: ([fused], schedulers)
+    if kind == "fused, scaler":
+        del options["gradient_clip_val"]  # which Lightning refuses there
+    run = fit(module, **options)
+    hand = clipped_by_hand(2 if kind == "accumulation" else 1, 0.1 if "gradient_clip_val" in options else 1e9)
+    near(weights(module), weights(hand))
+    (handle,) = options["callbacks"][0].handles
+    assert handle.clock == run.global_step > 0
+    if kind != "fused, scaler":
+        assert (
+            "before Lightning's own clip (gradient_clip_val=0.1): attached to AdamW"
+            in options["callbacks"][0].explain()
+        )
+
+
+def test_transforms_run_once_with_manual_optimization():
+    module, hand = TorchManual(), TorchManual()
+    callback = GradientTransforms(clip_by_value(0.02))
+    fit(module, callbacks=[callback])
+    optimizer = hand.configure_optimizers()
+    for i, (x, y) in enumerate(data()):
+        (F.cross_entropy(hand.layers(x), y) / 2).backward()
+        if i % 2:
+            torch.nn.utils.clip_grad_norm_(hand.parameters(), 0.1)  # the script's own
+            torch.nn.utils.clip_grad_value_(hand.parameters(), 0.02)
+            optimizer.step()
+            optimizer.zero_grad()
+    near(weights(module), weights(hand))
+    assert callback.handles[0].clock == BATCHES / 2
+
+
+def test_a_run_behind_transforms_resumes_bitwise(tmp_path):
+    """With slots, and with numbers of a measure; their state is in the checkpoint."""
+    resumed(
+        TorchAutomatic,
+        tmp_path / "it.ckpt",
+        lambda: {
+            "callbacks": [GradientTransforms(grokfast_ema(), zclip(warmup_steps=3))],
+            "plugins": [scaling(init_scale=2.0**10)],
+        },
+    )
+    (saved,) = torch.load(tmp_path / "it.ckpt", weights_only=True)["optimizer_states"]
+    assert all("gradkit_grokfast_ema_grad_ema" in entry for entry in saved["state"].values())
+    assert saved["param_groups"][0]["gradkit.grokfast_ema.clock"] == 2 * BATCHES
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_does_not_reach_the_transforms(fused):
+    module, callback = TorchManual(), GradientTransforms(grokfast_ema())
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), fused=fused)
+    module.clip_gradients = lambda *_: None
+    plugin = scaling(init_scale=2.0**10, growth_factor=2.0**40, growth_interval=2, backoff_factor=2.0**-40)
+    run = fit(module, plugins=[plugin], callbacks=[callback], max_epochs=2)
+    (handle,) = callback.handles
+    assert handle.clock == run.global_step - 2 == 4
+    assert all(s["grad_ema"].isfinite().all() and s["grad_ema"].any() for s in handle.state.values())
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_two_clips_are_named_once():
+    for transform, words in ((clip_by_norm(1.0), "clip_by_norm"), (zclip(), "zclip"), (spike_clip(), "spike_clip")):
+        with pytest.warns(
+            UserWarning, match=f"GradientTransforms: {words} and the Trainer's gradient_clip_val"
+        ) as told:
+            fit(TorchAutomatic(), gradient_clip_val=0.1, callbacks=[GradientTransforms(transform)])
+        assert len([w for w in told if "GradientTransforms" in str(w.message)]) == 1
+    callback = GradientTransforms(grokfast_ema())  # no clip: nothing to say
+    trainer().fit(TorchAutomatic(), data())
+    fit(TorchAutomatic(), callbacks=[GradientTransforms(clip_by_norm(1.0))])
+    with pytest.raises(RuntimeError, match="nothing is attached before"):
+        callback.explain()
+
+
+class Mixed(TorchManual):
+    """One optimizer of torch and one of ours."""
+
+    def configure_optimizers(self):
+        self.plain = torch.optim.SGD(self.layers[0].parameters(), 0.1)
+        return [self.plain, gradkit.Lion(self.layers[2].parameters())]
+
+
+def test_what_cannot_be_attached_stops_before_training_and_leaves_nothing():
+    module = Mixed()
+    before, groups = weights(module), {*torch.optim.SGD(module.parameters(), 0.1).param_groups[0]}
+    with pytest.raises(TypeError, match=r"Lion is gradkit's own, .* Lion\(\.\.\., transforms=\[\.\.\.\]\)"):
+        fit(module, callbacks=[GradientTransforms(clip_by_norm(1.0))])
+    assert not module.plain._optimizer_step_pre_hooks and {*module.plain.param_groups[0]} == groups
+    with pytest.raises(ValueError, match=r"cautious\.agreement works at the stage UPDATE"):
+        fit(TorchAutomatic(), callbacks=[GradientTransforms(cautious())])
+    same(weights(module), before)
+    with pytest.raises(TypeError, match="GradientTransforms: give at least one"):
+        GradientTransforms()
+    with pytest.raises(TypeError, match="GradientTransforms: .* is no chain or transform"):
+        GradientTransforms(clip_by_norm)
+
+
+def test_a_second_fit_goes_on_with_what_is_attached():
+    module, callback = TorchAutomatic(), GradientTransforms(grokfast_ema())
+    kept = torch.optim.SGD(module.parameters(), 0.1)
+    module.configure_optimizers = lambda: kept
+    for _ in range(2):
+        fit(module, callbacks=[callback])
+    assert callback.handles[0].clock == 2 * BATCHES
+    fit(TorchAutomatic(), callbacks=[callback])
+    assert callback.handles[0].clock == BATCHES and callback.handles[0].optimizer is not kept
+
+
 # OptimizerMonitor
 
 
 def test_figures_of_the_counted_steps_reach_the_logger():
     module, seen = Clipping(), Seen()
     with patch.object(stats.Counted, "read", autospec=True, side_effect=stats.Counted.read) as read:
-        trainer = fit(module, logger=seen, callbacks=[OptimizerMonitor(every=4)], max_epochs=2)
+        run = fit(module, logger=seen, callbacks=[OptimizerMonitor(every=4)], max_epochs=2)
         assert read.call_count == 3, "the steps between must not wait"
     counted = {step for step, row in seen.rows.items() if any(name.startswith("AdamW") for name in row)}
     assert counted == {3, 7, 11} and set(seen.rows) == set(range(12)), "under the number of that batch's losses"
-    row, mine = seen.rows[11], trainer.optimizers[0].stats()
+    row, mine = seen.rows[11], run.optimizers[0].stats()
     for name, figures in mine.items():
         assert name in dict(module.named_parameters())
         for figure, value in figures.items():
@@ -211,6 +361,16 @@ def test_figures_of_the_counted_steps_reach_the_logger():
     assert row["AdamW/weight_norm"] == pytest.approx(whole["weight_norm"])
     assert row["AdamW/update_to_weight"] == pytest.approx(whole["update_norm"] / whole["weight_norm"])
     assert row["AdamW/grad_norm"] > 0.1
+
+
+def test_of_torchs_optimizers_there_is_what_is_attached():
+    seen = Seen()
+    callbacks = [GradientTransforms(clip_by_value(0.02)), OptimizerMonitor(every=2)]
+    fit(TorchAutomatic(), logger=seen, callbacks=callbacks, accumulate_grad_batches=2)
+    counted = {step: row for step, row in seen.rows.items() if any(name.startswith("AdamW") for name in row)}
+    assert {*counted} == {1}
+    row = counted[1]
+    assert 0 < row["AdamW/clip_by_value.clipped/layers.0.weight"] <= 1 and "AdamW/update_norm" not in row
 
 
 class TwoOptimizers(Manual):
@@ -298,20 +458,20 @@ def test_estimates_are_those_of_the_loop_by_hand(options):
         plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)
     module = Curved(dropout=0.0)
     with patch.object(ours, "gnb_labels", likeliest):
-        trainer = fit(module, callbacks=[SophiaHessian()], **options)
+        run = fit(module, callbacks=[SophiaHessian()], **options)
     hand, optimizer = by_hand(options.get("accumulate_grad_batches", 1))
     near(weights(module), weights(hand), 1e-6)
     for p, q in zip(module.parameters(), hand.parameters(), strict=True):
-        h = trainer.optimizers[0].state[p]["hessian"]
+        h = run.optimizers[0].state[p]["hessian"]
         assert h.any()
         torch.testing.assert_close(h, optimizer.state[q]["hessian"])
 
 
 def test_an_estimate_after_an_overflow_comes_with_the_repeated_step():
     plugin = scaling(init_scale=2.0**60, backoff_factor=2.0**-50)
-    trainer = fit(Curved(dropout=0.0, hessian_every=1000), plugins=[plugin], callbacks=[SophiaHessian()])
+    run = fit(Curved(dropout=0.0, hessian_every=1000), plugins=[plugin], callbacks=[SophiaHessian()])
     assert plugin.scaler.get_scale() == 2.0**10
-    assert all(s["hessian"].isfinite().all() and s["hessian"].any() for s in trainer.optimizers[0].state.values())
+    assert all(s["hessian"].isfinite().all() and s["hessian"].any() for s in run.optimizers[0].state.values())
 
 
 class Probe(pl.Callback):
@@ -347,8 +507,8 @@ def test_estimates_leave_gradients_and_random_numbers_alone_and_follow_from_seed
 
 def test_a_batch_without_labels_gives_no_estimate():
     module = Curved()
-    trainer = fit(module, batch(torch.randn(2, 4), torch.full((2,), -100)), callbacks=[SophiaHessian()])
-    assert not any(s["hessian"].any() for s in trainer.optimizers[0].state.values())
+    run = fit(module, batch(torch.randn(2, 4), torch.full((2,), -100)), callbacks=[SophiaHessian()])
+    assert not any(s["hessian"].any() for s in run.optimizers[0].state.values())
 
 
 def test_estimates_for_what_takes_none_stop_before_training():

@@ -18,6 +18,30 @@ MUTANTS = (
     *rows(
         "integrations/lightning.py",
         (
+            "GradientTransforms: before the Trainer's clip",
+            "                handle.now()",
+            "                pass",
+            trained("transforms_run_once_before_the_trainers_clip", "closure"),
+        ),
+        (
+            "GradientTransforms: overflow",
+            "bool(found) and not sum(x.item() for x in found.values())",
+            "bool(found)",
+            trained("an_overflow_does_not_reach_the_transforms", "False"),
+        ),
+        (
+            "GradientTransforms: what unscales by itself",
+            "not unscaled(scaler, optimizer):",
+            "False:",
+            trained("transforms_run_once_before_the_trainers_clip", "fused, scaler"),
+        ),
+        (
+            "GradientTransforms: all or nothing",
+            "                handle.detach()",
+            "                pass",
+            trained("what_cannot_be_attached_stops_before_training_and_leaves_nothing"),
+        ),
+        (
             "OptimizerMonitor: the counted steps",
             "clock // self.every > before // self.every",
             "True",
@@ -81,6 +105,15 @@ MUTANTS = (
             'self.method.load_state_dict(checkpoint["gradkit.method"])',
             "pass",
             trained("orders_of_several_losses_resume_bitwise"),
+        ),
+    ),
+    *rows(
+        "attach.py",
+        (
+            "attach: now, and not again",
+            "        if not self._early:\n            self._transform()",
+            "        self._transform()",
+            trained("transforms_run_once_before_the_trainers_clip", "closure"),
         ),
     ),
 )
