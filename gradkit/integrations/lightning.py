@@ -109,8 +109,8 @@ class OptimizerMonitor(pl.Callback):
 
     For each optimizer `<class>/<figure>/<parameter>`, for norms and their ratio also `<class>/<figure>` of all
     together; `update_to_weight` is update_norm / weight_norm. Of a `MultiLoss` module `<method>/conflict_rate`.
-    An optimizer of others has the figures of what is attached to it (`GradientTransforms`), if that clips, and no
-    more; where there is nothing to log, training doesn't start.
+    An optimizer of others has the figures of what is attached to it (`GradientTransforms`), and no `update_norm`;
+    where there is nothing to log, training doesn't start.
 
     every: steps from one count to the next; the steps between wait for nothing.
     """
@@ -168,7 +168,7 @@ def classes(optimizers: Iterable[torch.optim.Optimizer]) -> str:
     return ", ".join(f"{type(opt).__module__.partition('.')[0]}'s {type(opt).__name__}" for opt in optimizers)
 
 
-NORMS = ("grad_norm", "update_norm", "weight_norm")
+NORMS = ("grad_norm", "norm_after", "update_norm", "weight_norm")
 
 
 def figures(of: str, counting: Optimizer | Attached, module: torch.nn.Module) -> dict[str, float]:
@@ -188,7 +188,7 @@ def figures(of: str, counting: Optimizer | Attached, module: torch.nn.Module) ->
 
 def with_ratio(seen: dict[str, float]) -> dict[str, float]:
     """The figures, and how far a step moves a weight beside its size, where that is not 0."""
-    if not seen.get("weight_norm"):
+    if not seen.get("weight_norm") or "update_norm" not in seen:
         return seen
     return {**seen, "update_to_weight": seen["update_norm"] / seen["weight_norm"]}
 

@@ -186,3 +186,16 @@ class Tasks(MultiLoss, LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), 0.5)
+
+
+class ManualTasks(Tasks):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(self.losses(*self.each(batch)) / 2)
+        if batch_idx % 2:
+            optimizer.step()
+            optimizer.zero_grad()

@@ -20,7 +20,16 @@ from gradkit import multiloss
 from gradkit.integrations import lightning as ours
 from gradkit.integrations.lightning import GradientTransforms, OptimizerMonitor, SophiaHessian
 from gradkit.transforms import clip_by_value
-from tests.integrations.lightning_modules import FEW_WORKERS, OWN_PYTREE, Automatic, Curved, Tasks, TorchAutomatic, fit
+from tests.integrations.lightning_modules import (
+    FEW_WORKERS,
+    OWN_PYTREE,
+    Automatic,
+    Curved,
+    ManualTasks,
+    Tasks,
+    TorchAutomatic,
+    fit,
+)
 from tests.sharding.units import near
 from tests.sharding.world import RANKS
 
@@ -38,8 +47,8 @@ def both(module: pl.LightningModule, x: Tensor, y: Tensor, ckpt_path: Any = None
     """On both ranks, each of which takes every second row."""
     part = slice(dist.get_rank(), None, RANKS)  # Lightning's own sampler would shuffle
     loader = DataLoader(TensorDataset(x[part], y[part]), WHOLE // RANKS)
-    unused = options.pop("find_unused_parameters", False)
-    strategy = DDPStrategy(cluster_environment=LightningEnvironment(), find_unused_parameters=unused)
+    of_ddp = {name: options.pop(name) for name in ("find_unused_parameters", "static_graph") if name in options}
+    strategy = DDPStrategy(cluster_environment=LightningEnvironment(), **of_ddp)
     environment = {"LOCAL_RANK": str(dist.get_rank())}  # the processes are there already
     with patch.dict(os.environ, environment), warnings.catch_warnings():
         for message in (FEW_WORKERS, OWN_PYTREE):
@@ -99,9 +108,15 @@ def transforms_see_the_gradient_of_the_whole_batch(_: Path) -> None:
 
 def several_losses_are_combined_over_all_ranks(_: Path) -> None:
     x, y = rows()
-    for options in ({}, {"find_unused_parameters": True}, {"accumulate_grad_batches": 2}):
-        module, alone = Tasks(), Tasks()
-        optimizer, each = alone.configure_optimizers(), options.get("accumulate_grad_batches", 1)
+    for kind, each, options in (
+        (Tasks, 1, {}),
+        (Tasks, 1, {"find_unused_parameters": True}),
+        (Tasks, 1, {"static_graph": True}),
+        (Tasks, 2, {"accumulate_grad_batches": 2}),
+        (ManualTasks, 2, {}),
+    ):
+        module, alone = kind(), Tasks()
+        optimizer = alone.configure_optimizers()
         with patch.object(multiloss, "average", lambda rows: None):
             for n, at in enumerate(range(0, len(x), WHOLE)):
                 losses = alone.each((x[at : at + WHOLE], y))

@@ -29,6 +29,7 @@ from tests.integrations.lightning_modules import (
     Clipping,
     Curved,
     Manual,
+    ManualTasks,
     Tasks,
     TorchAutomatic,
     TorchManual,
@@ -37,6 +38,7 @@ from tests.integrations.lightning_modules import (
     torch_trainer,
     trainer,
 )
+from tests.tolerance import assert_equal
 
 pytestmark = [pytest.mark.filterwarnings(FEW_WORKERS), pytest.mark.filterwarnings(OWN_PYTREE)]
 PAIRS = {"automatic": (TorchAutomatic, Automatic), "manual": (TorchManual, Manual)}
@@ -159,14 +161,18 @@ def test_the_clip_in_the_step_is_the_trainers():
 def resumed(module: type[pl.LightningModule], file: Any, options: Any = dict) -> pl.LightningModule:
     """Four epochs are two, a file, and two more in objects made anew; these are returned."""
     straight, first, second = module(), module(), module()
-    fit(straight, max_epochs=4, **options())
+    whole = fit(straight, max_epochs=4, **options())
     fit(first, max_epochs=2, **options()).save_checkpoint(file)
     halfway = weights(first)
     torch.manual_seed(17)  # a resumed run finds torch's generator anywhere
     run = fit(second, max_epochs=4, ckpt_path=file, **options())
+    assert run.current_epoch == 4 and not all(map(torch.equal, halfway, weights(second)))
     same(weights(second), weights(straight))
-    assert not any(torch.equal(a, b) for a, b in zip(halfway, weights(second), strict=True))
-    assert run.current_epoch == 4
+    states = [r.optimizers[0].state_dict()["state"] for r in (run, whole)]
+    for held, wanted in zip(*(s.values() for s in states), strict=True):
+        assert held.keys() == wanted.keys()
+        for name, x in wanted.items():
+            assert_equal(torch.as_tensor(held[name]), torch.as_tensor(x), name)
     return second
 
 
@@ -182,6 +188,8 @@ class CurvedWithoutDropout(Curved):
 
 
 def test_a_run_resumes_bitwise(tmp_path):
+    """bf16 parameters with their float32 state, too."""
+    resumed(Automatic, tmp_path / "it.ckpt", lambda: {"precision": "bf16-true"})
     resumed(Spiked, tmp_path / "it.ckpt", lambda: {"accumulate_grad_batches": 2})
 
 
@@ -265,7 +273,12 @@ def test_transforms_run_once_with_manual_optimization():
 
 
 def test_a_run_behind_transforms_resumes_bitwise(tmp_path):
-    """With slots, and with numbers of a measure; their state is in the checkpoint."""
+    """With slots, float32 ones of bf16 parameters too, and with numbers of a measure; state is in the checkpoint."""
+    resumed(
+        TorchAutomatic,
+        tmp_path / "it.ckpt",
+        lambda: {"callbacks": [GradientTransforms(grokfast_ema())], "precision": "bf16-true"},
+    )
     resumed(
         TorchAutomatic,
         tmp_path / "it.ckpt",
@@ -371,6 +384,7 @@ def test_of_torchs_optimizers_there_is_what_is_attached():
     assert {*counted} == {1}
     row = counted[1]
     assert 0 < row["AdamW/clip_by_value.clipped/layers.0.weight"] <= 1 and "AdamW/update_norm" not in row
+    assert 0 < row["AdamW/norm_after"] < row["AdamW/grad_norm"]
 
 
 class TwoOptimizers(Manual):
@@ -532,19 +546,6 @@ def tasks_by_hand(accumulate: int = 1) -> Tasks:
             optimizer.step()
             optimizer.zero_grad()
     return module
-
-
-class ManualTasks(Tasks):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        self.manual_backward(self.losses(*self.each(batch)) / 2)
-        if batch_idx % 2:
-            optimizer.step()
-            optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("kind", ["automatic", "accumulation", "manual", "scaler"])
