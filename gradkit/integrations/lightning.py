@@ -36,6 +36,8 @@ except ModuleNotFoundError as error:
 
 __all__ = ["GradientTransforms", "MultiLoss", "OptimizerMonitor", "SophiaHessian"]
 
+CLIPS = ("clipped", "spikes")  # what rules that clip count
+NORMS = ("grad_norm", "norm_after", "update_norm", "weight_norm")  # figures that add up to one of all parameters
 LogitsOf = Callable[[pl.LightningModule, Any], tuple[Tensor, Tensor | None]]
 
 
@@ -93,9 +95,6 @@ class GradientTransforms(pl.Callback):
             raise RuntimeError("GradientTransforms.explain: nothing is attached before trainer.fit()")
         where = f"before Lightning's own clip (gradient_clip_val={self._clip_val}): "
         return "\n".join(where + handle.explain() for handle in self.handles)
-
-
-CLIPS = ("clipped", "spikes")  # what rules that clip count
 
 
 def unscaled(scaler: Any, optimizer: torch.optim.Optimizer) -> bool:
@@ -166,9 +165,6 @@ class OptimizerMonitor(pl.Callback):
 def classes(optimizers: Iterable[torch.optim.Optimizer]) -> str:
     """Whose they are, in a message."""
     return ", ".join(f"{type(opt).__module__.partition('.')[0]}'s {type(opt).__name__}" for opt in optimizers)
-
-
-NORMS = ("grad_norm", "norm_after", "update_norm", "weight_norm")
 
 
 def figures(of: str, counting: Optimizer | Attached, module: torch.nn.Module) -> dict[str, float]:
