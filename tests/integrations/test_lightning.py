@@ -342,6 +342,22 @@ def test_what_cannot_be_attached_stops_before_training_and_leaves_nothing():
         GradientTransforms(clip_by_norm)
 
 
+def test_what_runs_now_does_not_run_again_in_the_coming_step():
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([p], 1.0)
+    handle = gradkit.attach(optimizer, grokfast_ema(lamb=1.0))  # doubles what stays
+    for step in (1, 2):
+        p.grad = torch.ones(2)
+        if step == 1:
+            handle.now()
+            assert p.grad.tolist() == [2.0, 2.0]
+        optimizer.step(lambda: None)
+        assert p.tolist() == [-2.0 * step] * 2 and handle.clock == step
+    handle.detach()
+    with pytest.raises(RuntimeError, match="attached to SGD: it was detached; call gradkit.attach again"):
+        handle.now()
+
+
 def test_a_second_fit_goes_on_with_what_is_attached():
     module, callback = TorchAutomatic(), GradientTransforms(grokfast_ema())
     kept = torch.optim.SGD(module.parameters(), 0.1)

@@ -7,11 +7,11 @@ from tests.sharding.world import run_world
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def ranks(tmp_path_factory):
     return run_world(LAWS, tmp_path_factory.mktemp("lightning"))
 
 
 @pytest.mark.parametrize("name", LAWS)
-def test_on_two_ranks(world, name):
-    errors = [f"rank {rank}:\n{error}" for rank, error in enumerate(world[name]) if error]
+def test_on_two_ranks(ranks, name):
+    errors = [f"rank {rank}:\n{error}" for rank, error in enumerate(ranks[name]) if error]
     assert not errors, "\n".join(errors)

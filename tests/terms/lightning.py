@@ -113,7 +113,7 @@ MUTANTS = (
             "attach: now, and not again",
             "        if not self._early:\n            self._transform()",
             "        self._transform()",
-            trained("transforms_run_once_before_the_trainers_clip", "closure"),
+            trained("what_runs_now_does_not_run_again_in_the_coming_step"),
         ),
     ),
 )
