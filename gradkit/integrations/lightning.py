@@ -3,26 +3,23 @@
 gradkit's optimizers need nothing of this: return one from `configure_optimizers`. For the package `lightning`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from math import sqrt
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import random
-from ..attach import Attached, attach, handles, label
+from ..attach import Attached, attach, handles
 from ..chain import Chain
-from ..estimators import gnb_labels
 from ..graph import check_loss
 from ..machine import checked_chain
-from ..multiloss import Method, average, backward
+from ..multiloss import Method, backward
 from ..optim.sophia import Sophia
 from ..optimizer import Optimizer
 from ..options import STEPS, brief, check_number
 from ..sharding import refuse_sharded
+from .curvature import estimate
+from .figures import by_name, clips, of_whom, overall
 
 try:
     import lightning.pytorch as pl
@@ -36,8 +33,6 @@ except ModuleNotFoundError as error:
 
 __all__ = ["GradientTransforms", "MultiLoss", "OptimizerMonitor", "SophiaHessian"]
 
-CLIPS = ("clipped", "spikes")  # what rules that clip count
-NORMS = ("grad_norm", "norm_after", "update_norm", "weight_norm")  # figures that add up to one of all parameters
 LogitsOf = Callable[[pl.LightningModule, Any], tuple[Tensor, Tensor | None]]
 
 
@@ -72,10 +67,9 @@ class GradientTransforms(pl.Callback):
             raise
         kept = [held[id(opt)] for opt in trainer.optimizers if id(opt) in held]
         self.handles, self._clip_val = [*kept, *made], trainer.gradient_clip_val
-        clips = [label(x) for c in self.transforms for x in c.place() if getattr(x.link, "counts", None) in CLIPS]
-        if clips and self._clip_val:
+        if self._clip_val and (both := clips(self.transforms)):
             rank_zero_warn(
-                f"GradientTransforms: {', '.join(clips)} and the Trainer's gradient_clip_val={self._clip_val} both "
+                f"GradientTransforms: {', '.join(both)} and the Trainer's gradient_clip_val={self._clip_val} both "
                 f"clip, in this order; leave one of them out"
             )
 
@@ -106,8 +100,8 @@ def unscaled(scaler: Any, optimizer: torch.optim.Optimizer) -> bool:
 class OptimizerMonitor(pl.Callback):
     """What a step did, to the loggers: `opt.stats` of gradkit's optimizers, and how often several losses conflict.
 
-    For each optimizer `<class>/<figure>/<parameter>`, for norms and their ratio also `<class>/<figure>` of all
-    together; `update_to_weight` is update_norm / weight_norm. Of a `MultiLoss` module `<method>/conflict_rate`.
+    For each optimizer `<class>/<figure>/<parameter>`, and `<class>/<figure>` of all parameters together;
+    `update_to_weight` is update_norm / weight_norm. Of a `MultiLoss` module `<method>/conflict_rate`.
     An optimizer of others has the figures of what is attached to it (`GradientTransforms`), and no `update_norm`;
     where there is nothing to log, training doesn't start.
 
@@ -131,7 +125,7 @@ class OptimizerMonitor(pl.Callback):
                 self._counting[f"{name}-{same}" if same else name] = counting
         if not self._counting and not isinstance(pl_module, MultiLoss):
             raise MisconfigurationException(
-                f"OptimizerMonitor: {classes(trainer.optimizers)} counts nothing; use an optimizer of gradkit, or "
+                f"OptimizerMonitor: {of_whom(*trainer.optimizers)} counts nothing; use an optimizer of gradkit, or "
                 f"GradientTransforms"
             )
         for counting in self._counting.values():
@@ -162,31 +156,11 @@ class OptimizerMonitor(pl.Callback):
         return clock // self.every > before // self.every
 
 
-def classes(optimizers: Iterable[torch.optim.Optimizer]) -> str:
-    """Whose they are, in a message."""
-    return ", ".join(f"{type(opt).__module__.partition('.')[0]}'s {type(opt).__name__}" for opt in optimizers)
-
-
 def figures(of: str, counting: Optimizer | Attached, module: torch.nn.Module) -> dict[str, float]:
-    """The last counted step, by name in a logger; parameters by their names in the module."""
-    called = {id(p): name for name, p in module.named_parameters()}
-    params = [p for group in counting.param_groups for p in group["params"]]
-    out: dict[str, float] = {}
-    squares: dict[str, float] = {}
-    for name, seen in counting.stats().items():
-        if name.isdecimal():  # the optimizer was given no names
-            name = called.get(id(params[int(name)]), name)
-        out |= {f"{of}/{figure}/{name}": value for figure, value in with_ratio(seen).items()}
-        squares |= {figure: squares.get(figure, 0.0) + seen[figure] ** 2 for figure in NORMS if figure in seen}
-    whole = {figure: sqrt(total) for figure, total in squares.items()}
-    return out | {f"{of}/{figure}": value for figure, value in with_ratio(whole).items()}
-
-
-def with_ratio(seen: dict[str, float]) -> dict[str, float]:
-    """The figures, and how far a step moves a weight beside its size, where that is not 0."""
-    if not seen.get("weight_norm") or "update_norm" not in seen:
-        return seen
-    return {**seen, "update_to_weight": seen["update_norm"] / seen["weight_norm"]}
+    """The last counted step, by name in a logger."""
+    seen = by_name(counting, module)
+    out = {f"{of}/{figure}/{name}": value for name, mine in seen.items() for figure, value in mine.items()}
+    return out | {f"{of}/{figure}": value for figure, value in overall(seen, module).items()}
 
 
 def of_pair(module: pl.LightningModule, batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -219,7 +193,7 @@ class SophiaHessian(pl.Callback):
         found = [opt for opt in trainer.optimizers if isinstance(opt, Sophia)]
         if not found:
             raise MisconfigurationException(
-                f"SophiaHessian: {classes(trainer.optimizers)} takes no estimates; return gradkit.Sophia from "
+                f"SophiaHessian: {of_whom(*trainer.optimizers)} takes no estimates; return gradkit.Sophia from "
                 f"configure_optimizers, or leave this callback out"
             )
         for p in (p for opt in found for group in opt.param_groups for p in group["params"]):
@@ -238,48 +212,14 @@ class SophiaHessian(pl.Callback):
 
     def estimate(self, trainer: pl.Trainer, module: pl.LightningModule, opt: Sophia, batch: Any) -> None:
         """Let one estimate into the optimizer's state."""
-        # Not through the DDP wrapper, whose hooks would take these gradients for a step's.
-        params = [p for group in opt.param_groups for p in group["params"]]
-        trained = [p for p in params if p.requires_grad]
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        with torch.enable_grad(), drawing(module.device, opt, trainer.global_rank):
+
+        def predict() -> tuple[Tensor, Tensor | None]:
             with trainer.precision_plugin.train_step_context():
-                logits, targets = self.logits(module, batch)
-                labels = gnb_labels(logits, self.ignore_index, targets=targets)
-                count = int(trainer.strategy.reduce((labels != self.ignore_index).sum(), reduce_op="sum"))
-                if not count:
-                    return
-                summed = F.cross_entropy(
-                    logits.flatten(0, -2), labels.flatten(), ignore_index=self.ignore_index, reduction="sum"
-                )
-                loss = summed * (trainer.world_size / count)  # whose mean over ranks is that over all labels
-            scaled = loss if scaler is None else scaler.scale(loss)
-            found: list[Tensor | None] = [*torch.autograd.grad(scaled, trained, allow_unused=True)]
-        if trainer.world_size > 1:
-            average([found])
-        given = dict(zip(trained, found, strict=True))
-        held = [p.grad for p in params]
-        try:
-            for p in params:
-                p.grad = given.get(p)
-            opt.update_hessian(batch_size=count, scaler=scaler)
-        finally:
-            for p, g in zip(params, held, strict=True):
-                p.grad = g
+                return self.logits(module, batch)
 
-
-@contextmanager
-def drawing(device: torch.device, opt: Sophia, rank: int) -> Iterator[None]:
-    """Random numbers that follow from the optimizer's seed, the step and the rank; those outside go on as before."""
-    seed, name = int(opt.param_groups[0]["seed"]), random.stream("sophia_hessian")
-    zero = torch.zeros((), dtype=torch.int64)
-    high, low, *_ = (int(word) for word in random.words(zero, int(opt.clock), rank, seed, name))
-    there = None if device.type == "cpu" else torch.get_device_module(device)
-    with torch.random.fork_rng([device] if there else [], device_type=device.type if there else "cuda"):
-        torch.default_generator.manual_seed(high << 32 | low)
-        if there:
-            there.manual_seed(high << 32 | low)
-        yield
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        factor = 1.0 if scaler is None else scaler.get_scale()
+        estimate(opt, predict, module.device, factor, self.ignore_index)
 
 
 class MultiLoss(pl.LightningModule):

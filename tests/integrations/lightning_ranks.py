@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gradkit
 from gradkit import multiloss
-from gradkit.integrations import lightning as ours
+from gradkit.integrations import curvature
 from gradkit.integrations.lightning import GradientTransforms, OptimizerMonitor, SophiaHessian
 from gradkit.transforms import clip_by_value
 from tests.integrations.lightning_modules import (
@@ -138,7 +138,7 @@ def an_estimate_is_of_all_labels(_: Path) -> None:
     def likeliest(logits: Tensor, ignore_index: int, *, targets: Tensor) -> Tensor:
         return logits.argmax(-1).masked_fill(targets == ignore_index, ignore_index)
 
-    with patch.object(ours, "gnb_labels", likeliest):
+    with patch.object(curvature, "gnb_labels", likeliest):
         trainer = both(module, x, y, callbacks=[SophiaHessian()])
     optimizer = alone.configure_optimizers()
     logits = alone(x[:WHOLE])

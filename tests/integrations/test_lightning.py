@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 import gradkit
 from gradkit import multiloss, stats
-from gradkit.integrations import lightning as ours
+from gradkit.integrations import curvature
 from gradkit.integrations.lightning import GradientTransforms, MultiLoss, OptimizerMonitor, SophiaHessian
 from gradkit.transforms import cautious, clip_by_norm, clip_by_value, grokfast_ema, spike_clip, zclip
 from tests.integrations.lightning_modules import (
@@ -487,7 +487,7 @@ def test_estimates_are_those_of_the_loop_by_hand(options):
         options = {"plugins": [plugin]}
         plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)
     module = Curved(dropout=0.0)
-    with patch.object(ours, "gnb_labels", likeliest):
+    with patch.object(curvature, "gnb_labels", likeliest):
         run = fit(module, callbacks=[SophiaHessian()], **options)
     hand, optimizer = by_hand(options.get("accumulate_grad_batches", 1))
     near(weights(module), weights(hand), 1e-6)

@@ -12,7 +12,6 @@ def ranks(name: str) -> str:
 
 
 WRONG = trained("what_several_losses_cannot_be_is_said_before_any_gradient")
-LEFT = trained("estimates_leave_gradients_and_random_numbers_alone_and_follow_from_seed_and_step")
 ACCUMULATED = "{'accumulate_grad_batches': 2}"
 MUTANTS = (
     *rows(
@@ -52,33 +51,6 @@ MUTANTS = (
             "if trainer.global_step == self._step:",
             "if False:",
             trained("estimates_are_those_of_the_loop_by_hand", ACCUMULATED),
-        ),
-        (
-            "SophiaHessian: the scaler's factor",
-            "loss if scaler is None else scaler.scale(loss)",
-            "loss",
-            trained("estimates_are_those_of_the_loop_by_hand", "{'plugins': 'scaler'}"),
-        ),
-        ("SophiaHessian: p.grad", "p.grad = g\n\n\n@contextmanager", "pass\n\n\n@contextmanager", LEFT),
-        ("SophiaHessian: the step's random numbers", "int(opt.clock), rank, seed", "0, rank, seed", LEFT),
-        ("SophiaHessian: the seed's random numbers", "rank, seed, name", "rank, 0, name", LEFT),
-        (
-            "SophiaHessian: the rank's random numbers",
-            "opt, trainer.global_rank)",
-            "opt, 0)",
-            ranks("ranks_draw_labels_of_their_own"),
-        ),
-        (
-            "SophiaHessian: ranks' gradients",
-            "            average([found])",
-            "            pass",
-            ranks("an_estimate_is_of_all_labels"),
-        ),
-        (
-            "SophiaHessian: ranks' labels",
-            "(trainer.world_size / count)",
-            "(1 / count)",
-            ranks("an_estimate_is_of_all_labels"),
         ),
         (
             "MultiLoss: the factor of scaler and accumulation",
