@@ -55,7 +55,7 @@ bench-gpu: ## the same on a GPU, with the peers that can be imported, and a swee
 docs: $(VENV)/with-docs ## the site, to build/site
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
 
-mutants: $(VENV)/with-dev $(VENV)/with-transformers ## turn off one term after another; each time the tests must fail
+mutants: $(VENV)/with-dev $(VENV)/with-transformers $(VENV)/with-lightning ## turn off one term after another; each time the tests must fail
 	$(python) -m tests.mutants
 
 evidence: $(VENV)/with-dev ## what the papers claim, at a size for two cores; writes bench/results/evidence.*

@@ -78,6 +78,7 @@ class Attached(Machine):
     """Transforms in front of an optimizer; made by `gradkit.attach`."""
 
     target = "g"
+    _early = False  # the gradients of the coming step are rewritten already
 
     def __init__(self, optimizer: torch.optim.Optimizer, transforms: Sequence[Any]):
         super().__init__([checked_chain("attach", x) for x in transforms], "auto")
@@ -132,6 +133,13 @@ class Attached(Machine):
     @property
     def who(self) -> str:
         return f"attached to {type(self.optimizer).__name__}"
+
+    def now(self) -> None:
+        """Rewrite `p.grad` at once; the next `optimizer.step()` does not do so again."""
+        if not self._hooks:
+            raise RuntimeError(f"{self.who}: it was detached; call gradkit.attach again")
+        self._transform()
+        self._early = True
 
     def detach(self) -> None:
         """Take the transforms away from the optimizer, with their state and arguments; a second time does nothing."""
@@ -195,16 +203,21 @@ class Attached(Machine):
             return args, {**kwargs, "closure": self._behind(kwargs["closure"])}
         if callable(next(iter(args[1:]), None)):
             return (args[0], self._behind(args[1]), *args[2:]), kwargs
-        self._transform()
+        self._at_step()
         return None
 
     def _behind(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         def both(*args: Any, **kwargs: Any) -> Any:
             loss = closure(*args, **kwargs)
-            self._transform()
+            self._at_step()
             return loss
 
         return both
+
+    def _at_step(self) -> None:
+        if not self._early:
+            self._transform()
+        self._early = False
 
     @torch._disable_dynamo
     @torch.no_grad()

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from tests.terms import Mutant, attach, backward, engine, integrations, optimizers, transforms
+from tests.terms import Mutant, attach, backward, engine, integrations, lightning, optimizers, transforms
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ("gradkit", "tests", "bench", "triton_kernels", "pyproject.toml")
@@ -30,6 +30,7 @@ MUTANTS = (
     *attach.MUTANTS,
     *engine.MUTANTS,
     *integrations.MUTANTS,
+    *lightning.MUTANTS,
 )
 WORKERS = min(2, os.cpu_count() or 1)
 

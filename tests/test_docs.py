@@ -125,6 +125,8 @@ def run_page(page: Path, folder: Path) -> dict[str, Any]:
     return vars(module)
 
 
+# Lightning's, on a machine with many cores: that more processes could load a page's few rows.
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "python" for b in blocks(p))], ids=names)
 def test_code_on_a_page_runs_and_prints_what_the_page_says(page, folder):
     run_page(page, folder)
@@ -217,6 +219,8 @@ def test_every_public_callable_has_its_signature_on_a_page():
     wanted = {f"gradkit.{n}" for n in gradkit.__all__ if callable(getattr(gradkit, n)) and n not in NOT_CALLED}
     for module in (gradkit.transforms, gradkit.losses, gradkit.estimators, gradkit.multiloss):
         wanted |= {f"{module.__name__}.{n}" for n in module.__all__}
+    wanted |= {f"gradkit.integrations.lightning.{n}" for n in lookup("gradkit.integrations.lightning").__all__}
+    wanted -= {"gradkit.integrations.lightning.MultiLoss"}  # a base class
     assert wanted - signatures(PAGES).keys() == set()
 
 

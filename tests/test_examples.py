@@ -238,6 +238,15 @@ def test_two_tasks_go_three_ways_and_are_drawn(tmp_path: Path) -> None:
     assert_drawn(tmp_path / "pcgrad_two_tasks.png", output)
 
 
+def test_one_new_line_under_lightning_trains_and_resumes(tmp_path: Path) -> None:
+    output = run(tmp_path, "examples/lightning_drop_in.py", "--epochs", "4")
+    names = re.findall(r"^(\S.*?) {2,}accuracy [\d.]+%$", output, re.MULTILINE)
+    assert names == ["torch's AdamW", "torch's AdamW behind zclip", "gradkit.Lion"], output
+    moves = re.findall(r"^  batch +(\d+): a step moves the weights by ([\d.]+)% of their norm$", output, re.MULTILINE)
+    assert [int(batch) for batch, _ in moves] == [4, 8, 12, 16] and all(float(move) > 0 for _, move in moves)
+    assert output.rstrip().endswith("equal bit for bit") and not [*tmp_path.iterdir()]
+
+
 def test_one_line_is_attached_to_torchs_adamw(tmp_path: Path) -> None:
     output = run(tmp_path, "examples/attach_to_torch_adamw.py", "--steps", "60")
     rows = dict(re.findall(r"^AdamW, (\S.*?) {2,}loss ([\d.]+)$", output, re.MULTILINE))

@@ -55,3 +55,8 @@ def with_ratio(seen: Mapping[str, float]) -> dict[str, float]:
 def clips(transforms: Iterable[Chain]) -> list[str]:
     """The names of those that clip, by what they count."""
     return [label(x) for c in transforms for x in c.place() if getattr(x.link, "counts", "")]
+
+
+def of_whom(*optimizers: Any) -> str:
+    """Optimizers and their packages, in a message."""
+    return ", ".join(f"{type(opt).__module__.partition('.')[0]}'s {type(opt).__name__}" for opt in optimizers)

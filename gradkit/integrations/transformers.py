@@ -18,7 +18,7 @@ from ..optimizer import Optimizer
 from ..options import STEPS, brief, check_number
 from ..sharding import refuse_sharded
 from .curvature import estimate
-from .figures import Seen, by_name, clips, overall
+from .figures import Seen, by_name, clips, of_whom, overall
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -220,8 +220,3 @@ class SophiaHessian(TrainerCallback):
         if self._hook is not None:
             self._hook.remove()
         self._hook = self._inputs = None
-
-
-def of_whom(optimizer: Any) -> str:
-    """An optimizer and its package, in a message."""
-    return f"{type(optimizer).__module__.partition('.')[0]}'s {type(optimizer).__name__}"

@@ -11,6 +11,7 @@ def trainer(name: str) -> str:
     return f"integrations/test_transformers.py::test_{name}"
 
 
+RANKS = "integrations/test_transformers_ranks.py::test_on_two_ranks[sophias_estimate_is_over_all_ranks]"
 OWN_LOOP = parts("an_estimate_is_that_of_the_loop_of_ones_own", "1.0")
 DRAWN = parts("what_is_drawn_follows_from_seed_and_step_and_torchs_numbers_go_on")
 OVERALL = parts("figures_of_all_parameters_are_weighed_by_their_entries")
@@ -27,11 +28,13 @@ MUTANTS = (
             "g",
             parts("an_estimate_is_that_of_the_loop_of_ones_own", "1024.0"),
         ),
+        ("estimate: gradients of all ranks", "        average(found)", "        pass", RANKS),
+        ("estimate: labels of all ranks", "dist.all_reduce(counted)", "pass", RANKS),
         (
-            "estimate: over all ranks",
-            "        average(found)",
-            "        pass",
-            "integrations/test_transformers_ranks.py::test_on_two_ranks[sophias_estimate_is_over_all_ranks]",
+            "estimate: each rank draws for itself",
+            "optimizer, rank)",
+            "optimizer, 0)",
+            "integrations/test_lightning_ranks.py::test_on_two_ranks[ranks_draw_labels_of_their_own]",
         ),
         ("estimate: numbers of its own", "torch.default_generator.manual_seed", "int", DRAWN),
         ("estimate: the optimizer's seed", "rank, seed, name", "rank, 0, name", DRAWN),
