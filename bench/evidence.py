@@ -29,8 +29,8 @@ from gradkit.transforms import zclip
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-import grokking  # noqa: E402
-import language_model  # noqa: E402  (lies beside the examples, which train the same model)
+import grokking  # noqa: E402  (the examples are no package)
+import language_model  # noqa: E402
 import pcgrad_two_tasks  # noqa: E402
 import small_memory  # noqa: E402
 import survive_spikes  # noqa: E402
