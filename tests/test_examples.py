@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = ("AdamW", "AdEMAMix", "DiffGrad", "Lion")
 ROWS = ("diffgrad", "grokfast", "ademamix", "spikes", "memory", "pcgrad")
 THRIFTY = ("AdamW", "FRUGAL", "FRUGAL, density 0", "SCALE", "SCALE, momentum 0", "torch.optim.SGD")
+TUNED = ("AdamW, tuned", "Grokfast, tuned")
 SURVIVORS = ("AdamW, norm clip", "AdamW, zclip", "AdamW, spike clip", "SPAM", "StableSPAM")
 
 
@@ -50,6 +52,13 @@ def survive_spikes(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The example, imported as its neighbours import each other."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     return importlib.import_module("survive_spikes")
+
+
+@pytest.fixture
+def grokking(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same, of another."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module("grokking")
 
 
 def test_swapped_optimizer_resumes_bitwise(tmp_path: Path) -> None:
@@ -202,7 +211,7 @@ def test_evidence_rows_run(tmp_path: Path) -> None:
         assert set(row["gates"].values()) == {None}, "a capped run must not claim that a gate is met"
         assert all(gate in output for gate in row["gates"]) and "torch" in row["machine"]
     assert (tmp_path / "evidence.md").read_text().count("\n## ") == len(ROWS)
-    for name in ("spikes", "memory"):
+    for name in ("grokfast", "spikes", "memory"):
         assert_drawn(tmp_path / f"evidence-{name}.png", output)
 
 
@@ -263,3 +272,70 @@ def test_trainer_takes_each_optimizer_and_resumes(tmp_path: Path) -> None:
     assert abs(losses["AdamW"] - losses["torch.optim.AdamW"]) <= 0.0002
     assert [ratio == "-" for *_, ratio in rows] == [True, *[False] * 5]
     assert "AdEMAMix and Sophia end in the same weights bit for bit" in output
+
+
+def test_grokking_compares_all_and_draws_them(tmp_path: Path) -> None:
+    output = run(tmp_path, "examples/grokking.py", "--steps", "5")
+    rows = re.findall(r"^(\S.*?) {2,}(\S.*?)(?: +> 5 \(0\.\d\d\)){2}$", output, re.MULTILINE)
+    assert len(rows) == len(set(rows)) == 12, output
+    assert {name for name, _ in rows} == {"Adam", "AdamW", "Grokfast, EMA", "Grokfast, MA", *TUNED}
+    assert_drawn(tmp_path / "grokking.png", output)
+
+
+def test_a_run_ends_when_it_understands(grokking: Any) -> None:
+    """With small embeddings plain Adam does within three hundred steps."""
+    (small,) = (r for r in chain(*grokking.runs().values()) if r.name == "Adam" and r.embedding < 1)
+    small.train(1000, seed=0)
+    *before, (end, share) = small.held_out
+    assert end == grokking.reached(small.held_out) < 1000 and end % 20 == 0
+    assert max(right for _, right in before) < 0.95 <= share and grokking.cell(small.held_out) == str(end)
+    assert grokking.reached(small.batches) < end, "known first, then understood"
+
+
+def test_halves_of_the_table_are_all_products_once(grokking: Any) -> None:
+    x, y, held_out, answers = grokking.products(0)
+    tokens, products = torch.cat((x, held_out)).tolist(), torch.cat((y, answers)).tolist()
+    assert sorted((a, b) for a, _, b, _ in tokens) == [(a, b) for a in range(67) for b in range(1, 67)]
+    assert all(a * b % 67 == product for (a, _, b, _), product in zip(tokens, products, strict=True))
+    assert len(x) == len(held_out) and {(times, equals) for _, times, _, equals in tokens} == {(67, 68)}
+    assert not torch.equal(x, grokking.products(1)[0])
+
+
+def test_what_the_multiplier_looks_up_is_attention(grokking: Any) -> None:
+    torch.manual_seed(0)
+    model = grokking.Multiplier().double()
+    tokens = grokking.products(0)[0][:50]
+    x = model.tokens(tokens) + model.places.weight
+    seen = model.norm1(x)
+    query, (key, value) = model.query(seen[:, -1:]), model.key_value(seen).chunk(2, -1)
+    q, k, v = (part.unflatten(2, (4, -1)).transpose(1, 2) for part in (query, key, value))
+    last = x[:, -1] + model.out(torch.nn.functional.scaled_dot_product_attention(q, k, v)[:, :, 0].flatten(1))
+    expected = model.head(model.norm3(last + model.mlp(model.norm2(last))))
+    torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-12)
+
+
+def test_all_that_multiply_start_alike_and_see_the_same(grokking: Any) -> None:
+    """Their gradients are equal while nothing moves; small embeddings change the embeddings alone."""
+
+    def gradients(seed: int) -> list[list[torch.Tensor]]:
+        seen: list[list[torch.Tensor]] = []
+
+        def still(params: Any) -> torch.optim.Optimizer:
+            optimizer = torch.optim.SGD(params, lr=0.0)
+            held = optimizer.param_groups[0]["params"]
+            optimizer.register_step_pre_hook(lambda *_: seen.append([p.grad.clone() for p in held]))
+            return optimizer
+
+        grokking.Run("", "", still, "").train(7, seed)
+        return seen
+
+    one, again, other = gradients(0), gradients(0), gradients(1)
+    assert len(one) == 7
+    for step in range(7):
+        assert all(map(torch.equal, one[step], again[step]))
+        assert not any(map(torch.equal, one[step], other[step]))
+    torch.manual_seed(0)
+    whole = grokking.Multiplier().state_dict()
+    torch.manual_seed(0)
+    for name, weight in grokking.Multiplier(0.02).state_dict().items():
+        assert torch.equal(weight, whole[name] * 0.02 if name in ("tokens.weight", "places.weight") else whole[name])
