@@ -1,5 +1,6 @@
 """Transforms in front of any torch.optim.Optimizer: hooks of its step, its state dict and its loading."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from .chain import Chain, Placed, chain, distinct
 from .machine import Machine, checked_chain
 from .optimizer import Optimizer
 from .options import DTYPES, IN_GROUPS, brief, builtin, listed
+from .plan import same
 from .transform import Stage, rule
 
 
@@ -74,11 +76,27 @@ def handles(optimizer: torch.optim.Optimizer) -> "list[Attached]":
     return [x for x in owners if isinstance(x, Attached)]
 
 
+STEP = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__  # in which torch runs the hooks of a step
+
+
+def nested(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is a step within its own step: of a class whose step() calls super().step() torch runs hooks twice.
+
+    Read off the stack: what a hook remembers would survive a step that raised.
+    """
+    steps, frame = 0, sys._getframe().f_back
+    while frame is not None:
+        steps += frame.f_code is STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps > 1
+
+
 class Attached(Machine):
     """Transforms in front of an optimizer; made by `gradkit.attach`."""
 
     target = "g"
-    _early = False  # the gradients of the coming step are rewritten already
+    forgetting = "call its handle's detach(), and attach again"
+    _early: list[Tensor | None] | None = None  # the gradients that are rewritten already
 
     def __init__(self, optimizer: torch.optim.Optimizer, transforms: Sequence[Any]):
         super().__init__([checked_chain("attach", x) for x in transforms], "auto")
@@ -89,6 +107,7 @@ class Attached(Machine):
             raise TypeError("attach: give at least one transform, e.g. attach(optimizer, clip_by_global_norm(1.0))")
         self._unscales = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._loaded: Loaded | None = None
+        self._strange: set[str] = set()  # keys of groups that a warning has named
         self._marked = False  # whether the optimizer's state may hold marks of what was ours
         labels = list(dict.fromkeys(map(label, self.links)))
         self._check(labels)
@@ -101,6 +120,7 @@ class Attached(Machine):
         self._kept = {*program.shared}
         self.numbers = {*program.scalars.counters, *program.memory}  # of each parameter
         self.names = carrying.names_of(program)  # of our state -> in a file
+        self._check_files()
         self.state.update(carrying.adopt(self))
         for key, value in (*((IN_GROUP + n, v) for n, v in self.arguments.items()), (self.clock_key, 0.0)):
             optimizer.param_groups[0].setdefault(key, value)
@@ -122,24 +142,33 @@ class Attached(Machine):
                 )
         for taken in (x for other in handles(self.optimizer) for x in map(label, other.links) if x in labels):
             raise ValueError(
-                f"attach: {type(self.optimizer).__name__} has a {taken!r} already: call .detach() of its handle, or "
-                f"give this one another name="
+                f"attach: {type(self.optimizer).__name__} has a {taken!r} already: call .detach() of its handle (those "
+                f"of a callback: callback.handle, callback.handles), or give this one another name="
+            )
+        if any(g.get("differentiable") for g in self.optimizer.param_groups):
+            raise ValueError(
+                "attach: differentiable=True: transforms keep no graph, so derivatives through the step would be wrong"
             )
         for p in carrying.parameters(self.optimizer):
             if p.dtype not in DTYPES:
                 use = "torch.view_as_real" if p.is_complex() else f"one of {listed(DTYPES)}"
                 raise TypeError(f"attach: a parameter of dtype {p.dtype} is not supported: use {use}")
 
+    def _check_files(self) -> None:
+        """Raise if two names of state are one in a file."""
+        taken = [*self.names.values(), *(x for other in handles(self.optimizer) for x in other.names.values())]
+        if twice := [x for x in self.names.values() if taken.count(x) > 1]:
+            raise ValueError(f"attach: two slots would be {twice[0]!r} in a file: give one transform another name=")
+
     @property
     def who(self) -> str:
         return f"attached to {type(self.optimizer).__name__}"
 
     def now(self) -> None:
-        """Rewrite `p.grad` at once; the next `optimizer.step()` does not do so again."""
+        """Rewrite `p.grad` at once; the next `optimizer.step()` with these very tensors does not do so again."""
         if not self._hooks:
             raise RuntimeError(f"{self.who}: it was detached; call gradkit.attach again")
-        self._transform()
-        self._early = True
+        self._early = self._gradients() if self._transform() else None
 
     def detach(self) -> None:
         """Take the transforms away from the optimizer, with their state and arguments; a second time does nothing."""
@@ -196,8 +225,21 @@ class Attached(Machine):
             raise RuntimeError(f"{self.who}: it was detached; call gradkit.attach again")
         self.param_groups = self.groups(self.optimizer.param_groups)
 
+    def _gradients(self) -> list[Tensor | None]:
+        return [p.grad for p in carrying.parameters(self.optimizer)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "transforms": self.transforms, "backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is detached: torch's copy of an optimizer has no hooks."""
+        super().__init__(state["transforms"], state["backend"])
+        self.optimizer, self.state, self._hooks, self._marked = state["optimizer"], defaultdict(dict), [], False
+
     @torch._disable_dynamo
     def _before_step(self, _: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if nested(self.optimizer):
+            return None
         self._sweep()
         if kwargs.get("closure") is not None:
             return args, {**kwargs, "closure": self._behind(kwargs["closure"])}
@@ -208,6 +250,7 @@ class Attached(Machine):
 
     def _behind(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         def both(*args: Any, **kwargs: Any) -> Any:
+            self._early = None
             loss = closure(*args, **kwargs)
             self._at_step()
             return loss
@@ -215,26 +258,30 @@ class Attached(Machine):
         return both
 
     def _at_step(self) -> None:
-        if not self._early:
+        done, self._early = self._early, None
+        if done is None or not same(done, self._gradients()):
             self._transform()
-        self._early = False
 
     @torch._disable_dynamo
     @torch.no_grad()
-    def _transform(self) -> None:
-        """Rewrite the gradients."""
-        optimizer, scale = self.optimizer, None
-        grads = [p.grad for p in carrying.parameters(optimizer)]
+    def _transform(self) -> bool:
+        """Rewrite the gradients, if there are any and the step is to be."""
+        optimizer, scale, grads = self.optimizer, None, self._gradients()
         if all(g is None for g in grads):
-            return
+            return False
         if self._unscales:
             scale, found = (getattr(optimizer, n, None) for n in ("grad_scale", "found_inf"))
             numbers = [x.reshape(()) for x in (scale, found) if x is not None]
             read = iter(torch.stack(numbers).tolist() if numbers else ())  # one wait for both
             scale, found = (x if x is None else next(read) for x in (scale, found))
             if found:
-                return
+                return False
+        everyone = handles(optimizer)
+        for handle in everyone if everyone[0] is self else ():  # before the first has rewritten anything
+            handle._refresh()
+            handle._check_edits()
         self._refresh()
+        carrying.warn_of_strange(self, everyone)
         if scale is not None:
             for x in self.links:
                 if "g" in x.link.sees:
@@ -250,6 +297,7 @@ class Attached(Machine):
         first = optimizer.param_groups[0]
         first[self.clock_key] = self.clock
         first.update({IN_GROUP + n: self.param_groups[0][n] for n in self._kept})
+        return True
 
     def _sweep(self) -> None:
         if self._marked:
@@ -277,3 +325,5 @@ class Attached(Machine):
         optimizer.param_groups[0].setdefault(self.clock_key, 0.0)
         self._drop_plans()
         self.state, self._counted, self._loaded = defaultdict(dict, self._loaded.state), None, None
+        self._early = None
+        self._refresh()

@@ -33,6 +33,19 @@ def label(piece: Placed) -> str:
     return piece.chain.name or piece.link.name
 
 
+def warn_of_strange(handle: "Attached", beside: "Sequence[Attached]") -> None:
+    """Name keys of groups that look like ours and are nobody's: misspelt, or left by a load; each once."""
+    held = {k for g in handle.optimizer.param_groups for k in g if k.startswith(IN_GROUP)}
+    strange = held - {x for h in beside for x in h.keys()} - handle._strange
+    if strange:
+        handle._strange |= strange
+        log.warning(
+            "%s: %s in param_groups belongs to nothing attached here: it does nothing",
+            handle.who,
+            ", ".join(sorted(strange)),
+        )
+
+
 def names_of(program: Program) -> dict[str, str]:
     """What a file calls our slots, counters and numbers of measures."""
     names = {}

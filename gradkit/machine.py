@@ -45,6 +45,7 @@ class Machine:
     defaults: dict[str, Any]
     chain: Chain | None = None  # beside the transforms
     ranges: ClassVar[Mapping[str, Range]] = {}  # of a subclass's own hyperparameters
+    forgetting = "delete it from the state"  # what to do about a slot that doesn't fit
     target = ""  # what a chain without a write stores, as of a Pass
     counts_every = 0  # steps; 0: never
     _counted: stats.Counted | None = None
@@ -117,14 +118,7 @@ class Machine:
         """One step on these gradients, of which some are there."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"{self.who}: a CUDA graph would repeat this step's numbers; step outside it")
-        values = [
-            [v for k, v in g.items() if (k in self.defaults or "." in k) and k not in self._kept]
-            for g in self.param_groups
-        ]
-        if values != self._checked:
-            for group in self.param_groups:
-                self._check_values(group)
-            self._checked = values
+        self._check_edits()
         counts = self.counts_every and (float(self.param_groups[0].get("clock", 0.0)) + 1) % self.counts_every == 0
         plan = self._fitting(*(("stats", self.counting) if counts else ("step", self.check_group)), grads)
         plan.begin(self.param_groups)
@@ -136,6 +130,17 @@ class Machine:
         plan.reduce()
         plan.apply()
         self.applied()
+
+    def _check_edits(self) -> None:
+        """Raise if a value in a group is wrong; looked at where one has changed."""
+        values = [
+            [v for k, v in g.items() if (k in self.defaults or "." in k) and k not in self._kept]
+            for g in self.param_groups
+        ]
+        if values != self._checked:
+            for group in self.param_groups:
+                self._check_values(group)
+            self._checked = values
 
     def applied(self) -> None:
         """What a class has to do after a step."""
@@ -272,7 +277,7 @@ class Machine:
             state = self.state[p]
             for name, dtype in program.layout(p, group).items():
                 part, length = program.part(name, member.chosen), program.ring_length(name, group)
-                state[name] = laid_out(state.get(name), p, part, dtype, length, who, name)
+                state[name] = laid_out(state.get(name), p, part, dtype, length, who, name, self.forgetting)
             for name in program.memory:
                 state[name] = torch.as_tensor(state.get(name, 0.0), dtype=torch.float64, device=p.device)
             for name in program.scalars.counters:
@@ -354,7 +359,14 @@ def shape_of(value: Any) -> Any:
 
 
 def laid_out(
-    old: Tensor | None, p: Tensor, part: tuple | None, dtype: torch.dtype, length: int | None, who: str, name: str
+    old: Tensor | None,
+    p: Tensor,
+    part: tuple | None,
+    dtype: torch.dtype,
+    length: int | None,
+    who: str,
+    name: str,
+    remedy: str,
 ) -> Tensor:
     """A slot of p's layout, or of a part of it: the old one where it fits, else a new one with its values."""
     like = p if part is None else torch.empty(part, dtype=dtype, device=p.device)
@@ -367,7 +379,7 @@ def laid_out(
     if have.shape != shape:
         raise ValueError(
             f"{who}: the slot {name!r} of a parameter of shape {tuple(p.shape)} is {tuple(have.shape)}, it needs "
-            f"{tuple(shape)}; delete it from the state"
+            f"{tuple(shape)}; {remedy}"
         )
     alike = (have.dtype, have.device, have.stride()) == (dtype, flat.device, stride)
     if alike and (have is old) == (flat is like):

@@ -290,7 +290,7 @@ class Batch:
             pointers = list(map(Tensor.data_ptr, mine))
         self.grads, self.gradients = mine, pointers
         self.copied = []
-        if self.program.passes[-1].target == "g":
+        if self.program.passes[-1].target == "g" and (self.sharded or not plain):
             both = zip(given, mine, strict=True)
             self.copied = [(t, g) for t, (g, x) in enumerate(both) if sharding.local(g) is not x]
         return True
