@@ -119,7 +119,9 @@ class Attached(Machine):
         self._check_names(groups)
         self._kept = {*program.shared}
         self.numbers = {*program.scalars.counters, *program.memory}  # of each parameter
-        self.names = carrying.names_of(program)  # of our state -> in a file
+        parts = carrying.names_of(program)
+        self.parts = [{*part} for part in parts]  # what is saved and loaded together
+        self.names = {name: key for part in parts for name, key in part.items()}  # of our state -> in a file
         self._check_files()
         self.state.update(carrying.adopt(self))
         for key, value in (*((IN_GROUP + n, v) for n, v in self.arguments.items()), (self.clock_key, 0.0)):
@@ -143,7 +145,8 @@ class Attached(Machine):
         for taken in (x for other in handles(self.optimizer) for x in map(label, other.links) if x in labels):
             raise ValueError(
                 f"attach: {type(self.optimizer).__name__} has a {taken!r} already: call .detach() of its handle (those "
-                f"of a callback: callback.handle, callback.handles), or give this one another name="
+                f"of a callback: callback.handle, callback.handles), or give the transform another name, e.g. "
+                f"{taken}(..., name='second')"
             )
         if any(g.get("differentiable") for g in self.optimizer.param_groups):
             raise ValueError(
@@ -190,9 +193,16 @@ class Attached(Machine):
         """As torch's: a file's entry of a parameter that never had a gradient must not hold ours alone."""
         return g is not None
 
+    def __repr__(self) -> str:
+        return f"<{', '.join(dict.fromkeys(map(label, self.links)))} {self.who}{', detached' * (not self._hooks)}>"
+
     def explain(self) -> str:
         self._refresh()
         return super().explain()
+
+    def stats(self, every: int | None = None) -> dict[str, dict[str, float]]:
+        self._refresh()
+        return super().stats(every)
 
     def trace(self, p: Tensor) -> list[tuple[str, Tensor]]:
         """One parameter's gradient after each link, as the coming step would make it, on cloned state."""
@@ -235,6 +245,7 @@ class Attached(Machine):
         """A copy is detached: torch's copy of an optimizer has no hooks."""
         super().__init__(state["transforms"], state["backend"])
         self.optimizer, self.state, self._hooks, self._marked = state["optimizer"], defaultdict(dict), [], False
+        self.links = [x for c in self.transforms for x in c.place()]
 
     @torch._disable_dynamo
     def _before_step(self, _: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -46,17 +46,19 @@ def warn_of_strange(handle: "Attached", beside: "Sequence[Attached]") -> None:
         )
 
 
-def names_of(program: Program) -> dict[str, str]:
-    """What a file calls our slots, counters and numbers of measures."""
-    names = {}
+def names_of(program: Program) -> list[dict[str, str]]:
+    """What a file calls our slots, counters and numbers of measures: of each link, or chain with counters."""
+    parts: dict[str, dict[str, str]] = {}
     for x in program.pieces:
         link, derive = x.link, x.chain.derive
         numbers = link.state if isinstance(link, Measure) and link.scope == "tensor" else ()
+        mine = parts.setdefault(label(x), {})
         for name in (*(s.name for s in link.slots), *numbers):
-            names[x.prefix + name] = f"{IN_STATE}{label(x)}_{name}"
+            mine[x.prefix + name] = f"{IN_STATE}{label(x)}_{name}"
         for name in derive.counters if derive else ():
-            names.setdefault(x.counter(name), f"{IN_STATE}{label(x)}_{name}")
-    return names
+            if not any(x.counter(name) in part for part in parts.values()):
+                mine[x.counter(name)] = f"{IN_STATE}{label(x)}_{name}"
+    return [part for part in parts.values() if part]
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -75,9 +77,15 @@ def save(handle: "Attached", state_dict: dict[str, Any]) -> None:
         groups[0][key] = float(groups[0][key])
 
 
-def read(handle: "Attached", foreign: Sequence[Mapping[str, Any]], entries: Sequence[Any]) -> dict[Tensor, dict]:
-    """What the entries of parameters hold of ours, at declared dtypes; raises where it belongs to another model."""
-    state, groups = {}, handle.groups(foreign)
+def read(
+    handle: "Attached", foreign: Sequence[Mapping[str, Any]], entries: Sequence[Any]
+) -> tuple[dict[Tensor, dict], set[str]]:
+    """What the entries of parameters hold of ours, at declared dtypes; raises where it belongs to another model.
+
+    Of a link of which an entry lacks something nothing is taken: a slot without its count would be another average.
+    Gives the keys that lack, too.
+    """
+    state, lost, groups = {}, set(), handle.groups(foreign)
     for _, program, member in handle.seats(groups, partial(turn_of, clock=1.0)):
         p, group, entry = member.p, groups[member.group], entries[member.at]
         mine: dict[str, Tensor] = {}
@@ -91,17 +99,21 @@ def read(handle: "Attached", foreign: Sequence[Mapping[str, Any]], entries: Sequ
                 mine[name] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
             else:
                 length = program.ring_length(name, group)
-                wanted = p.shape if length is None else (length, *p.shape)
-                if value.shape != wanted or sharding.is_sharded(value) != sharding.is_sharded(p):
+                wanted, shape = p.shape if length is None else (length, *p.shape), getattr(value, "shape", ())
+                if shape != wanted or sharding.is_sharded(value) != sharding.is_sharded(p):
                     raise ValueError(
-                        f"{handle.who}: {key!r} of parameter {member.at} has shape {tuple(value.shape)}, it needs "
+                        f"{handle.who}: {key!r} of parameter {member.at} has shape {tuple(shape)}, it needs "
                         f"{tuple(wanted)}, sharded as the parameter is; load what was saved for this model"
                     )
                 dtype = program.slot_dtype(name, p, group)
                 mine[name] = value.detach().to(device=p.device, dtype=dtype, copy=True)
+        for names in handle.parts:
+            if lacking := names - {*mine} if names & {*mine} else None:
+                lost |= {handle.names[n] for n in lacking}
+                mine = {n: x for n, x in mine.items() if n not in names}
         if mine:
             state[p] = mine
-    return state
+    return state, lost
 
 
 def take(handle: "Attached", beside: "Sequence[Attached]", state_dict: dict[str, Any]) -> tuple[Loaded, dict[str, Any]]:
@@ -117,11 +129,12 @@ def take(handle: "Attached", beside: "Sequence[Attached]", state_dict: dict[str,
         for g, before, saved in zip(here, arguments, groups, strict=True)
     ]
     keys = [key for g in groups for key in g["params"]]
-    loaded = Loaded(read(handle, merged, [state_dict["state"].get(key) for key in keys]), arguments)
-    lacking = {IN_GROUP + n for n in handle._kept} - {*groups[0]}
+    state, lost = read(handle, merged, [state_dict["state"].get(key) for key in keys])
+    loaded = Loaded(state, arguments)
+    lacking = lost | {IN_GROUP + n for n in handle._kept} - {*groups[0]}
     lacking |= {*handle.names.values()} if not loaded.state else set()
     if lacking and state_dict["state"] and float(groups[0].get(handle.clock_key, 1.0)):
-        log.warning("%s: the state dict lacks %s: it starts fresh", handle.who, ", ".join(sorted(lacking)))
+        log.warning("%s: the state dict lacks %s: its link starts fresh", handle.who, ", ".join(sorted(lacking)))
     entries = {key: e for key, e in state_dict["state"].items() if isinstance(e, Mapping)}
     strange = {k for e in entries.values() for k, v in e.items() if str(k).startswith(IN_STATE) and v is not None}
     strange -= {x for h in beside for x in h.names.values()}
@@ -137,9 +150,9 @@ def take(handle: "Attached", beside: "Sequence[Attached]", state_dict: dict[str,
     if loads_itself(handle.optimizer):
         rest = {key: {k: None if k in ours else v for k, v in e.items()} for key, e in entries.items()}
     gone = {key for key, e in rest.items() if entries[key] and not e}  # the optimizer had no state there
-    state = {key: rest.get(key, e) for key, e in state_dict["state"].items() if key not in gone}
+    kept = {key: rest.get(key, e) for key, e in state_dict["state"].items() if key not in gone}
     left = [{k: v for k, v in g.items() if k not in strange} for g in groups]
-    return loaded, {**state_dict, "state": state, "param_groups": left}
+    return loaded, {**state_dict, "state": kept, "param_groups": left}
 
 
 def loads_itself(optimizer: torch.optim.Optimizer) -> bool:
@@ -160,7 +173,13 @@ def sweep(optimizer: torch.optim.Optimizer) -> None:
 def adopt(handle: "Attached") -> dict[Tensor, dict]:
     """Take out what a load, before anything was attached, has left with the optimizer."""
     optimizer, rounded = handle.optimizer, set()
-    found = read(handle, optimizer.param_groups, [optimizer.state.get(p) for p in parameters(optimizer)])
+    found, lost = read(handle, optimizer.param_groups, [optimizer.state.get(p) for p in parameters(optimizer)])
+    if lost:
+        log.warning("%s: what was loaded lacks %s: its link starts fresh", handle.who, ", ".join(sorted(lost)))
+    first = optimizer.param_groups[0]
+    for name, given in handle.arguments.items():
+        if first.get(IN_GROUP + name, given) != given:
+            log.warning("%s: %s is %s, as loaded, not %s", handle.who, name, first[IN_GROUP + name], given)
     for p, mine in found.items():  # nothing has changed up to here
         entry = optimizer.state[p]
         given = {name: entry.pop(handle.names[name]) for name in mine}

@@ -345,7 +345,12 @@ def checked_chain(who: str, link: Any) -> Chain:
         )
     made = as_chain(link)
     if not isinstance(made, Chain):
-        raise TypeError(f"{who}: {brief(link)} is no chain or transform; call it, e.g. clip_by_global_norm(1.0)")
+        remedy = "give one, e.g. clip_by_global_norm(1.0)"
+        if isinstance(link, list | tuple):
+            remedy = "give them one by one"
+        elif callable(link):
+            remedy = "call it, e.g. clip_by_global_norm(1.0)"
+        raise TypeError(f"{who}: {brief(link)} is no chain or transform; {remedy}")
     return made
 
 

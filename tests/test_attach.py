@@ -4,6 +4,7 @@ import copy
 import importlib
 import inspect
 import logging
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -904,3 +905,179 @@ def test_accelerates_wrapper_is_opened():
     assert handle.optimizer is wrapped.optimizer
     train(wrapped, params, [0])
     assert params[0].grad.abs().max() == 0.25
+
+
+# once, and all or nothing
+
+
+class Calls(torch.optim.SGD):
+    """As many libraries do it: a step around that of torch."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_step_that_calls_its_bases_step_is_one(with_closure):
+    sgd([torch.ones(1, requires_grad=True)])  # torch puts hooks around a class's step when the first of it is made
+    p = torch.zeros(1, requires_grad=True)
+    handle = attached(Calls([p], lr=1.0), tx.grokfast_ema(lamb=1.0))
+
+    def closure():
+        p.grad = torch.ones(1)
+        return p.sum()
+
+    for n in (1, 2):
+        p.grad = torch.ones(1)
+        handle.optimizer.step(*[closure] * with_closure)
+        assert handle.clock == n and p.item() == -2.0 * n
+
+
+def test_a_step_that_raised_leaves_nothing_behind():
+    class Fails(torch.optim.SGD):
+        def step(self, closure=None):
+            raise ArithmeticError
+
+    p = torch.zeros(1, requires_grad=True)
+    handle = attached(Fails([p], lr=1.0), tx.clip_by_value(0.5))
+    for n in (1, 2):
+        p.grad = torch.ones(1)
+        with pytest.raises(ArithmeticError):
+            handle.optimizer.step()
+        assert p.grad.item() == 0.5 and handle.clock == n
+
+
+@pytest.mark.parametrize("then", ["another gradient", "a closure", "no gradient at first", "a load"])
+def test_what_now_has_not_seen_is_transformed_in_the_step(then):
+    p = torch.zeros(1, requires_grad=True)
+    handle = attached(sgd([p]), tx.clip_by_value(0.1))
+    p.grad = None if then == "no gradient at first" else torch.ones(1)
+    handle.now()
+    if then == "a load":
+        handle.optimizer.load_state_dict(handle.optimizer.state_dict())
+        p.grad.fill_(1.0)
+    elif then != "a closure":
+        p.grad = torch.ones(1)
+
+    def closure():
+        p.grad.fill_(1.0)
+        return p.sum()
+
+    handle.optimizer.step(*[closure] * (then == "a closure"))
+    assert p.item() == pytest.approx(-0.1)
+
+
+def test_a_wrong_edit_is_found_before_another_handle_has_rewritten_anything():
+    p = torch.zeros(1, requires_grad=True)
+    first = attached(sgd([p]), tx.grokfast_ema(lamb=1.0))
+    second = attached(first.optimizer, tx.clip_by_value(5.0))
+    group = first.optimizer.param_groups[0]
+    group["gradkit.clip_by_value.limit"] = -1.0
+    p.grad = torch.ones(1)
+    with pytest.raises(ValueError, match="limit"):
+        first.optimizer.step()
+    assert p.grad.item() == 1.0 and first.clock == second.clock == 0.0
+    group["gradkit.clip_by_value.limit"] = 5.0
+    first.optimizer.step()
+    assert p.grad.item() == 2.0
+
+
+def test_differentiable_steps_are_refused():
+    optimizer = sgd([torch.ones(1, requires_grad=True)], differentiable=True)
+    with pytest.raises(ValueError, match="differentiable=True: transforms keep no graph"):
+        gradkit.attach(optimizer, tx.clip_by_value(1.0))
+    assert not handles(optimizer)
+
+
+@gradkit.rule(slots=("y_z",))
+def long_slot(u, y_z):
+    return u, y_z + 1.0
+
+
+@gradkit.rule(slots=("z",))
+def short_slot(u, z):
+    return u, z + 3.0
+
+
+def test_slots_that_a_file_would_take_for_one_are_refused():
+    optimizer = sgd([torch.ones(1, requires_grad=True)])
+    long, short = gradkit.chain(long_slot, name="x"), gradkit.chain(short_slot, name="x_y")
+    with pytest.raises(ValueError, match="two slots would be 'gradkit_x_y_z' in a file"):
+        gradkit.attach(optimizer, long, short)
+    gradkit.attach(optimizer, long)
+    with pytest.raises(ValueError, match="two slots would be 'gradkit_x_y_z' in a file"):
+        gradkit.attach(optimizer, short)
+    assert len(handles(optimizer)) == 1
+
+
+@pytest.mark.parametrize("lacking", ["gradkit_grokfast_ema_grad_ema", "gradkit_grokfast_ema_filter_step"])
+@pytest.mark.parametrize("late", [False, True], ids=["attached, then loaded", "loaded, then attached"])
+def test_a_link_of_which_a_file_lacks_something_starts_fresh(late, lacking, caplog):
+    def made() -> tuple[Tensor, torch.optim.Optimizer]:
+        p = torch.zeros(1, requires_grad=True)
+        return p, sgd([p])
+
+    p, optimizer = made()
+    gradkit.attach(optimizer, tx.grokfast_ema(lamb=1.0), tx.spike_clip(1e9))
+    p.grad = torch.full((1,), 7.0)
+    optimizer.step()
+    file = optimizer.state_dict()
+    assert lacking in file["state"][0]
+    del file["state"][0][lacking]
+    q, other = made()
+    if late:
+        other.load_state_dict(file)
+    gradkit.attach(other, tx.grokfast_ema(lamb=1.0), tx.spike_clip(1e9))
+    if not late:
+        other.load_state_dict(file)
+    assert f"lacks {lacking}: its link starts fresh" in caplog.text
+    q.grad = torch.ones(1)
+    other.step()
+    assert q.grad.item() == 2.0  # the first average is the gradient
+    assert other.state_dict()["state"][0]["gradkit_spike_clip_spike_sq"].item() != pytest.approx(0.001), "goes on"
+
+
+def test_a_key_of_nobodys_in_a_group_is_named_once(caplog):
+    p = torch.ones(1, requires_grad=True)
+    optimizer = sgd([{"params": [p], "gradkit.clip_by_value.limits": 0.1}])
+    gradkit.attach(optimizer, tx.clip_by_value(5.0))
+    for _ in range(2):
+        p.grad = torch.ones(1)
+        optimizer.step()
+    assert caplog.text.count("gradkit.clip_by_value.limits in param_groups belongs to nothing attached here") == 1
+
+
+def test_arguments_that_a_load_has_left_win_and_are_named(caplog):
+    optimizer = sgd([{"params": [torch.ones(1, requires_grad=True)], "gradkit.clip_by_value.limit": 0.1}])
+    gradkit.attach(optimizer, tx.clip_by_value(0.1))
+    assert not caplog.text
+    handles(optimizer)[0].detach()
+    optimizer.param_groups[0]["gradkit.clip_by_value.limit"] = 0.1
+    gradkit.attach(optimizer, tx.clip_by_value(0.5))
+    assert "clip_by_value.limit is 0.1, as loaded, not 0.5" in caplog.text
+
+
+def test_a_copy_of_a_handle_is_detached():
+    p = torch.zeros(1, requires_grad=True)
+    handle = attached(sgd([p]), tx.clip_by_value(0.1), tx.grokfast_ema())
+    p.grad = torch.ones(1)
+    handle.optimizer.step()
+    assert repr(handle) == "<clip_by_value, grokfast_ema attached to SGD>"
+    for twin in (copy.deepcopy(handle), pickle.loads(pickle.dumps(handle))):
+        assert repr(twin) == "<clip_by_value, grokfast_ema attached to SGD, detached>"
+        assert not handles(twin.optimizer) and twin.optimizer is not handle.optimizer
+        twin.detach()
+        for use in (twin.explain, twin.now, twin.stats):
+            with pytest.raises(RuntimeError, match="it was detached; call gradkit.attach again"):
+                use()
+        gradkit.attach(twin.optimizer, *twin.transforms)
+
+
+def test_a_handles_clock_is_the_files_behind_a_load():
+    p = torch.zeros(1, requires_grad=True)
+    handle = attached(sgd([p]), tx.clip_by_value(0.1))
+    p.grad = torch.ones(1)
+    handle.optimizer.step()
+    other = attached(sgd([torch.zeros(1, requires_grad=True)]), tx.clip_by_value(0.1))
+    other.optimizer.load_state_dict(handle.optimizer.state_dict())
+    assert other.clock == 1.0

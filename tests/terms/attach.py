@@ -27,10 +27,28 @@ MUTANTS = (
         "attach.py",
         ("attach: unscale", "return u * inverse_scale", "return u + inverse_scale - inverse_scale", scaled()),
         ("attach: an overflow", "            if found:\n", "            if False:\n", scaled()),
+        (
+            "attach: once a step",
+            "        if nested(self.optimizer):",
+            "        if False:",
+            attach("a_step_that_calls_its_bases_step_is_one", "False"),
+        ),
+        (
+            "attach: now, for these gradients",
+            "if done is None or not same(done, self._gradients()):",
+            "if done is None:",
+            attach("what_now_has_not_seen_is_transformed_in_the_step", "another gradient"),
+        ),
+        (
+            "attach: others' edits are checked first",
+            "for handle in everyone if everyone[0] is self else ():",
+            "for handle in ():",
+            attach("a_wrong_edit_is_found_before_another_handle_has_rewritten_anything"),
+        ),
         ("attach: unscaled once", "optimizer.grad_scale = None", "pass", scaled()),
         (
             "attach: behind a closure",
-            "            loss = closure(*args, **kwargs)\n            self._transform()\n",
+            "            loss = closure(*args, **kwargs)\n            self._at_step()\n",
             "            loss = closure(*args, **kwargs)\n",
             attach("a_closures_gradients_are_transformed_behind_it", "keyword"),
         ),
@@ -79,6 +97,16 @@ MUTANTS = (
     ),
     *rows(
         "carrying.py",
+        (
+            "attach: half of a link's state",
+            "mine = {n: x for n, x in mine.items() if n not in names}",
+            "pass",
+            attach(
+                "a_link_of_which_a_file_lacks_something_starts_fresh",
+                "attached, then loaded",
+                "gradkit_grokfast_ema_filter_step",
+            ),
+        ),
         ("attach: counters are Python's", "float(v) if n in handle.numbers else v", "v", FILE),
         ("attach: numbers over all are Python's", "groups[0][key] = float(groups[0][key])", "pass", FILE),
         (

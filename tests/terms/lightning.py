@@ -83,8 +83,8 @@ MUTANTS = (
         "attach.py",
         (
             "attach: now, and not again",
-            "        if not self._early:\n            self._transform()",
-            "        self._transform()",
+            "if done is None or not same(done, self._gradients()):",
+            "if True:",
             trained("what_runs_now_does_not_run_again_in_the_coming_step"),
         ),
     ),
