@@ -104,7 +104,7 @@ MUTANTS = (
             attach(
                 "a_link_of_which_a_file_lacks_something_starts_fresh",
                 "attached, then loaded",
-                "gradkit_grokfast_ema_filter_step",
+                "gradkit_grokfast_ema_grad_ema",
             ),
         ),
         ("attach: counters are Python's", "float(v) if n in handle.numbers else v", "v", FILE),
