@@ -59,14 +59,16 @@ def combinations(rows: Rows, weights: Tensor) -> list[Tensor | None]:
 def alike(columns: Sequence[Column], order: Sequence[int], most: float = math.inf) -> Iterator[tuple[bool, list[int]]]:
     """Neighbours of one kind with at most so many elements: whether torch must take them, and which they are."""
     run: list[int] = []
+    size, last = 0, (True, "", "")
     for i in order:
-        room = sum(numel(columns[k]) for k in (*run, i)) <= most
-        if run and (not room or kind(columns[i]) != kind(columns[run[0]])):
-            yield kind(columns[run[0]])[0], run
-            run = []
+        now, more = kind(columns[i]), numel(columns[i])
+        if run and (now != last or size + more > most):
+            yield last[0], run
+            run, size = [], 0
         run.append(i)
+        size, last = size + more, now
     if run:
-        yield kind(columns[run[0]])[0], run
+        yield last[0], run
 
 
 def kind(column: Column) -> tuple[bool, str, str]:
@@ -91,6 +93,8 @@ def lies(g: Tensor) -> list[int]:
 
 def vectors(column: Column) -> list[Tensor | None]:
     """A parameter's gradients in the order in which the first lies in memory: views of dense ones."""
+    if all(g is None or (g.is_contiguous() and not g.is_neg()) for g in column):
+        return [None if g is None else g.view(-1) for g in column]
     dims = lies(some(column))
     return [None if g is None else g.permute(dims).reshape(-1).resolve_neg().contiguous() for g in column]
 
