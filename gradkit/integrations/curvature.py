@@ -13,6 +13,7 @@ from .. import random
 from ..estimators import gnb_labels
 from ..multiloss import average
 from ..optim.sophia import Sophia
+from ..options import brief
 
 
 def estimate(
@@ -31,7 +32,12 @@ def estimate(
     params = [p for group in optimizer.param_groups for p in group["params"]]
     trained = [p for p in params if p.requires_grad]
     with torch.enable_grad(), drawing(device, optimizer, rank):
-        logits, targets = predict()
+        pair = predict()
+        if not isinstance(pair, tuple | list) or len(pair) != 2:  # a tensor of two rows would come apart as well
+            raise TypeError(
+                f"SophiaHessian: logits= returned {brief(pair)}: return the pair (logits, labels); labels may be None"
+            )
+        logits, targets = pair
         labels = gnb_labels(logits, ignore_index, targets=targets)
         counted = (labels != ignore_index).sum()
         if ranks > 1:

@@ -57,6 +57,14 @@ def clips(transforms: Iterable[Chain]) -> list[str]:
     return [label(x) for c in transforms for x in c.place() if getattr(x.link, "counts", "")]
 
 
+def too_short(every: int) -> str:
+    """What a monitor warns of at the end of a run in which no step counted."""
+    return (
+        f"OptimizerMonitor: nothing was logged, as the run ended before a step that every={every} counts; "
+        f"give a smaller every="
+    )
+
+
 def of_whom(*optimizers: Any) -> str:
     """Optimizers and their packages, in a message."""
     return ", ".join(f"{type(opt).__module__.partition('.')[0]}'s {type(opt).__name__}" for opt in optimizers)

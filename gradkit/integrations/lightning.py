@@ -1,6 +1,7 @@
 """gradkit in Lightning's Trainer: transforms for any optimizer, statistics, Sophia's estimates, several losses.
 
-gradkit's optimizers need nothing of this: return one from `configure_optimizers`. For the package `lightning`.
+gradkit's optimizers need nothing of this: return one from `configure_optimizers`. For the package `lightning`;
+callbacks of the same names for transformers' Trainer are in `gradkit.integrations.transformers`.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,10 +20,11 @@ from ..optimizer import Optimizer
 from ..options import STEPS, brief, check_number
 from ..sharding import refuse_sharded
 from .curvature import estimate
-from .figures import by_name, clips, of_whom, overall
+from .figures import by_name, clips, of_whom, overall, too_short
 
 try:
     import lightning.pytorch as pl
+    from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 except ModuleNotFoundError as error:
@@ -37,13 +39,13 @@ LogitsOf = Callable[[pl.LightningModule, Any], tuple[Tensor, Tensor | None]]
 
 
 class GradientTransforms(pl.Callback):
-    """Transforms of the gradient for whatever optimizer the module configures: `gradkit.attach` on each of them.
+    """For Lightning's Trainer: `gradkit.attach` on whatever optimizers the module configures.
 
         Trainer(callbacks=[GradientTransforms(zclip())])
 
-    They rewrite `p.grad` once a step: behind accumulation and the scaler's unscaling, before Lightning's own clip
-    (`gradient_clip_val`). Their state is in the checkpoint, with the optimizer's. gradkit's own optimizers take
-    `transforms=[...]` instead.
+    The transforms rewrite `p.grad` once a step: behind accumulation and the scaler's unscaling, before Lightning's
+    own clip (`gradient_clip_val`). Their state is in the checkpoint, with the optimizer's. gradkit's own optimizers
+    take `transforms=[...]` instead.
     """
 
     def __init__(self, *transforms: Chain) -> None:
@@ -56,7 +58,8 @@ class GradientTransforms(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Behind configure_optimizers, in front of the loading of their states.
         made: list[Attached] = []
-        held = {id(handle.optimizer): handle for handle in self.handles}  # of a fit before, with the same optimizer
+        # Of a fit before, with the same optimizer. A copy of this callback has handles that are detached.
+        held = {id(handle.optimizer): handle for handle in self.handles if handle in handles(handle.optimizer)}
         try:
             for opt in trainer.optimizers:
                 if id(opt) not in held:
@@ -98,10 +101,11 @@ def unscaled(scaler: Any, optimizer: torch.optim.Optimizer) -> bool:
 
 
 class OptimizerMonitor(pl.Callback):
-    """What a step did, to the loggers: `opt.stats` of gradkit's optimizers, and how often several losses conflict.
+    """For Lightning's Trainer: what a step did, to its loggers.
 
-    For each optimizer `<class>/<figure>/<parameter>`, and `<class>/<figure>` of all parameters together;
-    `update_to_weight` is update_norm / weight_norm. Of a `MultiLoss` module `<method>/conflict_rate`.
+    These are `opt.stats` of gradkit's optimizers, and how often several losses conflict. For each optimizer
+    `<class>/<figure>/<parameter>`, and `<class>/<figure>` of all parameters together; `update_to_weight` is
+    update_norm / weight_norm. Of a `MultiLoss` module `<method>/conflict_rate`.
     An optimizer of others has the figures of what is attached to it (`GradientTransforms`), and no `update_norm`;
     where there is nothing to log, training doesn't start.
 
@@ -113,11 +117,12 @@ class OptimizerMonitor(pl.Callback):
         self.every = int(every)
         self._counting: dict[str, Optimizer | Attached] = {}
         self._read: dict[str, float] = {}  # the clock at which figures were last read
+        self._logged = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.loggers:
             raise MisconfigurationException("OptimizerMonitor: the Trainer has no logger; give it one, or True")
-        self._counting = {}
+        self._counting, self._logged = {}, False
         for opt in trainer.optimizers:
             for counting in [opt] if isinstance(opt, Optimizer) else handles(opt):
                 name = type(opt).__name__
@@ -146,9 +151,14 @@ class OptimizerMonitor(pl.Callback):
             if method is not None and method.last is not None:
                 found[f"{type(method).__name__}/conflict_rate"] = method.last.conflict_rate.item()
         if found:
+            self._logged = True
             for logger in trainer.loggers:
                 # What self.log has of this batch goes under the same number, which no property gives.
                 logger.log_metrics(found, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._logged and not all(isinstance(x, DummyLogger) for x in trainer.loggers):  # of fast_dev_run
+            rank_zero_warn(too_short(self.every))
 
     def _due(self, of: str, clock: float) -> bool:
         """Whether a step has counted since the last time; several may lie in one batch."""
@@ -173,10 +183,11 @@ def of_pair(module: pl.LightningModule, batch: Any) -> tuple[Tensor, Tensor | No
 
 
 class SophiaHessian(pl.Callback):
-    """Gives `gradkit.Sophia` its estimates: one more pass in front of every `hessian_every`-th step.
+    """For Lightning's Trainer: gives `gradkit.Sophia` its estimates.
 
-    Labels are drawn from the model's own softmax, over all ranks. What is drawn, dropout included, follows from the
-    optimizer's seed, the step and the rank; `p.grad` and the random numbers of the training are left as they are.
+    That is one more pass in front of every `hessian_every`-th step, over all ranks, with labels drawn from the model's
+    own softmax. What is drawn, dropout included, follows from the optimizer's seed, the step and the rank; `p.grad`
+    and the random numbers of the training are left as they are.
 
     logits: a function (module, batch) -> (logits [..., classes], the labels of the data [...] or None), of a part of
         the batch if you like; None: `module(x)` and y of a batch (x, y).
@@ -245,6 +256,8 @@ class MultiLoss(pl.LightningModule):
         """
         if not losses:
             raise ValueError("MultiLoss.losses: give the loss of each task: self.losses(one, two)")
+        if {list, tuple} & {type(loss) for loss in losses}:
+            raise TypeError("MultiLoss.losses: give the losses one by one: self.losses(a, b)")
         for i, loss in enumerate(losses):
             check_loss("MultiLoss.losses", f"losses[{i}]", loss)
         if not isinstance(self.method, Method):

@@ -1,6 +1,7 @@
 """gradkit in transformers' Trainer: transforms for any optimizer, figures of a step to its logs, Sophia's estimates.
 
-gradkit's optimizers need nothing of this: give one to `Trainer(optimizers=(optimizer, None))`.
+gradkit's optimizers need nothing of this: give one to `Trainer(optimizers=(optimizer, None))`. Callbacks of the same
+names for Lightning's Trainer are in `gradkit.integrations.lightning`.
 """
 
 import warnings
@@ -18,7 +19,7 @@ from ..optimizer import Optimizer
 from ..options import STEPS, brief, check_number
 from ..sharding import refuse_sharded
 from .curvature import estimate
-from .figures import Seen, by_name, clips, of_whom, overall
+from .figures import Seen, by_name, clips, of_whom, overall, too_short
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -47,13 +48,13 @@ def attached(optimizer: Any) -> list[Attached]:
 
 
 class GradientTransforms(TrainerCallback):
-    """Transforms of the gradient for whatever optimizer Trainer has: `gradkit.attach`, when it is there.
+    """For transformers' Trainer: `gradkit.attach` on whatever optimizer it has, when it is there.
 
         Trainer(..., callbacks=[GradientTransforms(zclip())])
 
-    They rewrite `p.grad` once a step, behind accumulation and **behind Trainer's own clip**: `max_grad_norm`, 1.0
-    unless you say 0.0. Their state is in the checkpoint, with the optimizer's. gradkit's own optimizers take
-    `transforms=[...]` instead.
+    The transforms rewrite `p.grad` once a step, behind accumulation and **behind Trainer's own clip**:
+    `max_grad_norm`, 1.0 unless you say 0.0. Their state is in the checkpoint, with the optimizer's. gradkit's own
+    optimizers take `transforms=[...]` instead.
     """
 
     def __init__(self, *transforms: Chain) -> None:
@@ -73,6 +74,7 @@ class GradientTransforms(TrainerCallback):
     def _attach(self, args: Any, wrapped: Any) -> None:
         optimizer, self._max_grad_norm = unwrapped(wrapped), args.max_grad_norm or 0.0
         mine = [x for x in attached(optimizer) if x.transforms == self.transforms]
+        self.handle = mine[0] if mine else attach(optimizer, *self.transforms)
         both = clips(self.transforms)
         if both and not mine and self._max_grad_norm > 0 and args.process_index == 0:
             warnings.warn(
@@ -80,7 +82,6 @@ class GradientTransforms(TrainerCallback):
                 f"in this order; give TrainingArguments(max_grad_norm=0.0), or leave the transform out",
                 stacklevel=2,
             )
-        self.handle = mine[0] if mine else attach(optimizer, *self.transforms)
 
     def explain(self) -> str:
         """What runs: as `handle.explain()`."""
@@ -91,13 +92,14 @@ class GradientTransforms(TrainerCallback):
 
 
 class OptimizerMonitor(TrainerCallback):
-    """What a step did, to the logs: `opt.stats` of gradkit's optimizers, over all parameters.
+    """For transformers' Trainer: what a step did, to its logs.
 
         monitor = OptimizerMonitor(every=100)
         trainer = Trainer(..., callbacks=[monitor])
         monitor.log = trainer.log
 
-    `<class>/<figure>`; `update_to_weight` is update_norm / weight_norm. `monitor.last` has each parameter's, by name.
+    These are `opt.stats` of gradkit's optimizers, over all parameters: `<class>/<figure>`; `update_to_weight` is
+    update_norm / weight_norm. `monitor.last` has each parameter's, by name.
     An optimizer of others has the figures of what is attached to it (`GradientTransforms`), and no `update_norm`;
     where there is nothing to count, training doesn't start.
 
@@ -107,13 +109,16 @@ class OptimizerMonitor(TrainerCallback):
 
     def __init__(self, every: int = 100, log: Callable[[dict[str, float]], None] | None = None) -> None:
         check_number("OptimizerMonitor", "every", every, STEPS)
+        if log is not None and not callable(log):
+            raise TypeError(f"OptimizerMonitor: log={brief(log)}: give a function, e.g. trainer.log")
         self.every, self.log = int(every), log
         self.last: Seen = {}
         self._counting: list[Optimizer | Attached] = []
         self._read = 0.0  # the clock at which figures were last looked for
+        self._logged = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self._counting, self._read = [], 0.0
+        self._counting, self._read, self._logged = [], 0.0, False
         if self.log is None and args.report_to and args.process_index == 0:
             warnings.warn(
                 f"OptimizerMonitor: {', '.join(args.report_to)} won't see its figures, which go to "
@@ -145,6 +150,7 @@ class OptimizerMonitor(TrainerCallback):
                 seen[name] = {**seen.get(name, {}), **mine, "grad_norm": came}
         if not seen:  # the first step of a resumed run may lie behind one that counted
             return
+        self._logged = True
         self.last, label = seen, type(unwrapped(given["optimizer"])).__name__
         found = {f"{label}/{figure}": value for figure, value in overall(seen, given["model"]).items()}
         if self.log is None:
@@ -154,6 +160,10 @@ class OptimizerMonitor(TrainerCallback):
         self.log(found)
         control.should_log = asked
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self._counting and not self._logged and args.process_index == 0:  # there was a step
+            warnings.warn(too_short(self.every), stacklevel=2)
+
 
 def next_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """A causal language model's logits, and the labels that they are to predict: at each position the next."""
@@ -162,11 +172,11 @@ def next_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Te
 
 
 class SophiaHessian(TrainerCallback):
-    """Gives `gradkit.Sophia` its estimates: one more pass at every `hessian_every`-th step, in front of it.
+    """For transformers' Trainer: gives `gradkit.Sophia` its estimates.
 
-    Over that step's last micro-batch, of all ranks, with labels drawn from the model's own softmax. What is drawn,
-    dropout included, follows from the optimizer's seed, the step and the rank; `p.grad` and the random numbers of the
-    training are left as they are.
+    That is one more pass in front of every `hessian_every`-th step, over its last micro-batch, of all ranks, with
+    labels drawn from the model's own softmax. What is drawn, dropout included, follows from the optimizer's seed, the
+    step and the rank; `p.grad` and the random numbers of the training are left as they are.
 
     logits: a function (model, arguments of its forward) -> (logits [..., classes], the labels of the data [...] or
         None); None: `next_tokens`, for a causal language model. It may take a part of the batch.

@@ -1,9 +1,11 @@
 """gradkit under Lightning's Trainer: the one line that changes, precision, checkpoints, callbacks, several losses."""
 
+import copy
 import difflib
 import importlib
 import inspect
 import sys
+import warnings
 from typing import Any
 from unittest.mock import PropertyMock, patch
 
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader
 
 import gradkit
 from gradkit import multiloss, stats
+from gradkit.attach import handles
 from gradkit.integrations import curvature
 from gradkit.integrations.lightning import GradientTransforms, MultiLoss, OptimizerMonitor, SophiaHessian
 from gradkit.transforms import cautious, clip_by_norm, clip_by_value, grokfast_ema, spike_clip, zclip
@@ -369,6 +372,65 @@ def test_a_second_fit_goes_on_with_what_is_attached():
     assert callback.handles[0].clock == BATCHES and callback.handles[0].optimizer is not kept
 
 
+class Staged(TorchManual):
+    """Its second optimizer is the same in every fit, its first a new one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = torch.optim.SGD(self.layers[2].parameters(), 0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(F.cross_entropy(self.layers(batch[0]), batch[1]))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        self.new = torch.optim.SGD(self.layers[0].parameters(), 0.1)
+        return [self.new, self.kept]
+
+
+def test_a_second_callback_for_the_same_optimizer_is_told_of_the_first():
+    module, first, second = Staged(), *(GradientTransforms(zclip()) for _ in range(2))
+    fit(module, callbacks=[first])
+    before, kept = weights(module), handles(module.kept)
+    match = r"attach: SGD has a 'zclip' already: call \.detach\(\) of its handle .*callback\.handles"
+    with pytest.raises(ValueError, match=match):
+        fit(module, callbacks=[second])
+    same(weights(module), before)
+    assert handles(module.kept) == kept == [first.handles[1]] and not second.handles
+    assert not handles(module.new) and not any("gradkit" in key for key in module.new.param_groups[0])
+    for handle in first.handles:
+        handle.detach()
+    fit(module, callbacks=[second])
+    assert [handle.clock for handle in second.handles] == [BATCHES, BATCHES]
+
+
+def test_a_copy_attaches_anew():
+    """Also that of a whole Trainer, whose callbacks and optimizers are copies together."""
+    module, callback = Staged(), GradientTransforms(grokfast_ema())
+    run = fit(module, callbacks=[callback])
+    alone, twin = copy.deepcopy(callback), copy.deepcopy(run)
+    assert all(handle in handles(handle.optimizer) for handle in callback.handles)
+    fit(Staged(), callbacks=[alone])
+    assert [handle.clock for handle in alone.handles] == [BATCHES, BATCHES]
+    (copied,) = (x for x in twin.callbacks if isinstance(x, GradientTransforms))
+    other = twin.lightning_module
+    assert copied.handles[1].optimizer is other.kept is not module.kept and not handles(other.kept)
+    twin.fit_loop.max_epochs = 2
+    twin.fit(other, data())
+    assert [handles(optimizer) for optimizer in (other.new, other.kept)] == [[x] for x in copied.handles]
+    assert all(s["grad_ema"].any() for handle in copied.handles for s in handle.state.values())
+
+
+def test_a_handle_that_was_detached_is_replaced_at_the_next_fit():
+    module, callback = Staged(), GradientTransforms(grokfast_ema())
+    fit(module, callbacks=[callback])
+    callback.handles[1].detach()
+    fit(module, callbacks=[callback])
+    assert [handle.clock for handle in callback.handles] == [BATCHES, BATCHES]
+
+
 # OptimizerMonitor
 
 
@@ -451,6 +513,20 @@ def test_a_monitor_with_nothing_to_log_stops_before_training():
     same(weights(module), before)
     with pytest.raises(ValueError, match=r"OptimizerMonitor: every=0: give a whole number >= 1"):
         OptimizerMonitor(every=0)
+
+
+@pytest.mark.parametrize("module", [Automatic, Tasks])
+def test_a_run_too_short_for_the_monitor_is_named_once(module):
+    with pytest.warns(
+        UserWarning, match="OptimizerMonitor: nothing was logged.*every=7 counts; give a smaller"
+    ) as told:
+        fit(module(), logger=Seen(), callbacks=[OptimizerMonitor(every=BATCHES + 1)])
+    assert len([w for w in told if "OptimizerMonitor" in str(w.message)]) == 1
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit(module(), logger=Seen(), callbacks=[OptimizerMonitor(every=BATCHES - 1)])
+        fit(module(), logger=Seen(), callbacks=[OptimizerMonitor()], fast_dev_run=True)  # which logs nothing anyway
+    assert not [w for w in told if "OptimizerMonitor" in str(w.message)]
 
 
 # SophiaHessian
@@ -548,6 +624,8 @@ def test_estimates_for_what_takes_none_stop_before_training():
         fit(Curved(), batch(torch.randn(2, 4)), callbacks=[SophiaHessian()])
     with pytest.raises(TypeError, match="SophiaHessian: logits=4: give a function"):
         SophiaHessian(4)
+    with pytest.raises(TypeError, match=r"SophiaHessian: logits= returned a Tensor .*: .* pair \(logits, labels\)"):
+        fit(Curved(), callbacks=[SophiaHessian(lambda module, batch: module(batch[0]))])
 
 
 # MultiLoss
@@ -637,6 +715,8 @@ def test_what_several_losses_cannot_be_is_said_before_any_gradient():
         ("RuntimeError: MultiLoss: a backward that knows nothing", lambda: module.losses(*each).backward()),
         ("TypeError: MultiLoss: backward got", lambda: module.backward(module.losses(*each), retain_graph=True)),
         ("ValueError: MultiLoss.losses: give the loss of each", lambda: module.losses()),
+        ("TypeError: MultiLoss.losses: give the losses one by one: self.losses(a, b)", lambda: module.losses(each)),
+        ("TypeError: MultiLoss.losses: losses[0]=1.0: give the tensor", lambda: module.losses(1.0)),
         ("ValueError: MultiLoss.losses: losses[1] has", lambda: module.losses(each[0], torch.ones(2))),
     ]
     for words, call in wrong:

@@ -61,6 +61,14 @@ def test_a_batch_without_labels_gives_no_estimate():
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("wrong", [None, torch.ones(2, 3), (torch.ones(2, 3),), {"logits": 0, "labels": 0}])
+def test_what_is_no_pair_of_logits_and_labels_is_named(wrong):
+    model, optimizer, *_ = linear()
+    with pytest.raises(TypeError, match=r"SophiaHessian: logits= returned .*: return the pair \(logits, labels\)"):
+        curvature.estimate(optimizer, lambda: wrong, torch.device("cpu"))
+    assert not optimizer.state and model.weight.grad is None
+
+
 def test_parameters_go_by_their_names_in_the_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import gradkit
+from gradkit.attach import handles
 from gradkit.integrations import curvature
 from gradkit.integrations.transformers import GradientTransforms, OptimizerMonitor, SophiaHessian, next_tokens
 from gradkit.multiloss import PCGrad
@@ -371,12 +372,55 @@ def test_transforms_that_do_not_fit_leave_the_optimizer_alone(tmp_path):
     with pytest.raises(TypeError, match="GradientTransforms: .* is no chain or transform; call it"):
         GradientTransforms(zclip)
     match = r"attach: AdamW is gradkit's own, which runs transforms in its step: AdamW\(..., transforms=\[...\]\)"
-    raised(tmp_path, GradientTransforms(grokfast_ema()), TypeError, match, cls=gradkit.AdamW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of two clips nothing is said where one of them can't be
+        raised(tmp_path, GradientTransforms(clip_by_global_norm(1.0)), TypeError, match, cls=gradkit.AdamW)
     optimizer = torch.optim.SGD(language_model().parameters(), lr=0.1)
     how: Any = {"optimizers": (optimizer, None), "callbacks": [GradientTransforms(grokfast_ema(), cautious())]}
     with pytest.raises(ValueError, match="attach: cautious"):
         Trainer(language_model(), arguments(tmp_path), **how)
     assert not optimizer._optimizer_step_pre_hooks and not any("gradkit" in key for key in optimizer.param_groups[0])
+
+
+def given_trainer(folder: Path, optimizer: Any, callback: TrainerCallback, model: nn.Module) -> Trainer:
+    how: Any = {"train_dataset": sentences(), "optimizers": (optimizer, None), "callbacks": [callback]}
+    return Trainer(model, arguments(folder, max_steps=2, max_grad_norm=0.0), **how)
+
+
+def test_a_second_callback_for_the_same_optimizer_is_told_of_the_first(tmp_path):
+    model = language_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second = (GradientTransforms(zclip()) for _ in range(2))
+    given_trainer(tmp_path, optimizer, first, model).train()
+    group = dict(optimizer.param_groups[0])
+    with pytest.raises(ValueError, match=r"attach: SGD has a 'zclip' already: call \.detach\(\) .*callback\.handle"):
+        given_trainer(tmp_path, optimizer, second, model)
+    assert handles(optimizer) == [first.handle] and second.handle is None
+    assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == {
+        k: v for k, v in group.items() if k != "params"
+    }
+    given_trainer(tmp_path, optimizer, first, model).train()
+    assert handles(optimizer) == [first.handle] and first.handle.clock == 4
+    first.handle.detach()
+    given_trainer(tmp_path, optimizer, second, model).train()
+    assert handles(optimizer) == [second.handle] and second.handle.clock == 2
+
+
+def test_a_copy_attaches_anew(tmp_path):
+    """To an optimizer that was copied with it, too."""
+    model = language_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    callback = GradientTransforms(grokfast_ema())
+    given_trainer(tmp_path, optimizer, callback, model).train()
+    alone, (copied, twin, other) = copy.deepcopy(callback), copy.deepcopy((callback, optimizer, model))
+    assert handles(optimizer) == [callback.handle]
+    assert copied.handle.optimizer is twin and not handles(twin)
+    fresh = language_model()
+    given_trainer(tmp_path, torch.optim.SGD(fresh.parameters(), lr=0.1), alone, fresh).train()
+    assert alone.handle.clock == 2
+    given_trainer(tmp_path, twin, copied, other).train()
+    assert handles(twin) == [copied.handle]
+    assert all(s["grad_ema"].any() for s in copied.handle.state.values())
 
 
 def test_an_overflow_leaves_the_transforms_statistics_alone():
@@ -469,6 +513,22 @@ def test_without_log_figures_go_to_the_history_and_reporters_are_named(tmp_path)
         UserWarning, match="OptimizerMonitor: tensorboard won't see its figures.*monitor.log = trainer.log"
     ):
         trainer.train()
+
+
+def test_a_run_too_short_for_the_monitor_is_named_once(tmp_path):
+    how = {"train_dataset": sentences(), "optimizer_cls_and_kwargs": (gradkit.Lion, {"lr": 1e-3})}
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    with pytest.warns(
+        UserWarning, match="OptimizerMonitor: nothing was logged.*every=3 counts; give a smaller"
+    ) as told:
+        Trainer(language_model(), args, callbacks=[OptimizerMonitor(every=3)], **how).train()
+    assert len([w for w in told if "OptimizerMonitor" in str(w.message)]) == 1
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        Trainer(language_model(), args, callbacks=[OptimizerMonitor(every=2)], **how).train()
+        over = Trainer(language_model(), args, callbacks=[OptimizerMonitor(every=3)], **how)
+        over.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # no step is left
+    assert not [w for w in told if "OptimizerMonitor" in str(w.message)]
 
 
 def test_a_skipped_step_counts_nothing(tmp_path):
@@ -607,12 +667,16 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path):
     for every in (0, 1.5, "2"):
         with pytest.raises((TypeError, ValueError), match="OptimizerMonitor: every="):
             OptimizerMonitor(every=every)
+    with pytest.raises(TypeError, match="OptimizerMonitor: log='wandb': give a function, e.g. trainer.log"):
+        OptimizerMonitor(log="wandb")
     with pytest.raises(TypeError, match=r"SophiaHessian: logits=3: give a function of \(model, inputs\)"):
         SophiaHessian(3)
     model = language_model()
     model.__class__ = type("LlamaReader", (type(model),), {})
     match = r"SophiaHessian: LlamaReader may predict something else than the next token; give SophiaHessian\("
     raised(tmp_path, SophiaHessian(), ValueError, match, model=model, cls=gradkit.Sophia)
+    match = r"SophiaHessian: logits= returned a CausalLMOutputWithPast: .* pair \(logits, labels\)"
+    raised(tmp_path, SophiaHessian(lambda model, inputs: model(**inputs)), TypeError, match, cls=gradkit.Sophia)
     match = "SophiaHessian: Trainer's model was not called in this step"
 
     class Elsewhere(Trainer):
