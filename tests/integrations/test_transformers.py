@@ -517,17 +517,17 @@ def test_without_log_figures_go_to_the_history_and_reporters_are_named(tmp_path)
 
 def test_a_run_too_short_for_the_monitor_is_named_once(tmp_path):
     how = {"train_dataset": sentences(), "optimizer_cls_and_kwargs": (gradkit.Lion, {"lr": 1e-3})}
-    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    args = arguments(tmp_path, max_steps=8, save_strategy="steps", save_steps=8)
     with pytest.warns(
-        UserWarning, match="OptimizerMonitor: nothing was logged.*every=3 counts; give a smaller"
+        UserWarning, match="OptimizerMonitor: nothing was logged.*every=9 counts; give a smaller"
     ) as told:
-        Trainer(language_model(), args, callbacks=[OptimizerMonitor(every=3)], **how).train()
+        Trainer(language_model(), args, callbacks=[OptimizerMonitor(every=9)], **how).train()
     assert len([w for w in told if "OptimizerMonitor" in str(w.message)]) == 1
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        Trainer(language_model(), args, callbacks=[OptimizerMonitor(every=2)], **how).train()
-        over = Trainer(language_model(), args, callbacks=[OptimizerMonitor(every=3)], **how)
-        over.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # no step is left
+        Trainer(language_model(), args, callbacks=[OptimizerMonitor(every=8)], **how).train()
+        over = Trainer(language_model(), args, callbacks=[OptimizerMonitor(every=9)], **how)
+        over.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))  # the epoch is over: no step is left
     assert not [w for w in told if "OptimizerMonitor" in str(w.message)]
 
 
