@@ -59,7 +59,7 @@ def assert_same_run(case, scenario, dtype, backend, decay, **options):
     assert moved, "nothing moved"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["eager", "native"])  # chunked makes eager's calls: test_backends compares them
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("name", BY_NAME)
 def test_hostile_gradients_do_what_the_paper_says(name, scenario, backend):
