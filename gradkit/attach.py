@@ -11,9 +11,9 @@ from torch import Tensor
 from . import carrying
 from .carrying import IN_GROUP, Loaded, label
 from .chain import Chain, Placed, chain, distinct
-from .machine import Machine, checked_chain
+from .machine import Machine, check_dtype, checked_chain
 from .optimizer import Optimizer
-from .options import DTYPES, IN_GROUPS, brief, builtin, listed
+from .options import IN_GROUPS, brief, builtin
 from .plan import same
 from .transform import Stage, rule
 
@@ -153,9 +153,7 @@ class Attached(Machine):
                 "attach: differentiable=True: transforms keep no graph, so derivatives through the step would be wrong"
             )
         for p in carrying.parameters(self.optimizer):
-            if p.dtype not in DTYPES:
-                use = "torch.view_as_real" if p.is_complex() else f"one of {listed(DTYPES)}"
-                raise TypeError(f"attach: a parameter of dtype {p.dtype} is not supported: use {use}")
+            check_dtype("attach", p)
 
     def _check_files(self) -> None:
         """Raise if two names of state are one in a file."""
@@ -288,7 +286,7 @@ class Attached(Machine):
             if found:
                 return False
         everyone = handles(optimizer)
-        for handle in everyone if everyone[0] is self else ():  # before the first has rewritten anything
+        for handle in everyone[1:] if everyone[0] is self else ():  # before the first has rewritten anything
             handle._refresh()
             handle._check_edits()
         self._refresh()

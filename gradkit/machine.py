@@ -354,6 +354,13 @@ def checked_chain(who: str, link: Any) -> Chain:
     return made
 
 
+def check_dtype(who: str, p: Tensor) -> None:
+    """Raise for a parameter that no rule can run on."""
+    if p.dtype not in DTYPES:
+        use = "torch.view_as_real" if p.is_complex() else f"one of {listed(DTYPES)}"
+        raise TypeError(f"{who}: a parameter of dtype {p.dtype} is not supported: use {use}")
+
+
 def shape_of(value: Any) -> Any:
     """What a chain may be built from: anything, but of a float only whether it is zero."""
     if isinstance(value, float) or (isinstance(value, Tensor) and value.dim() == 0):

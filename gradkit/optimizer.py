@@ -8,17 +8,15 @@ from torch import Tensor
 
 from . import loading
 from .chain import Chain, Placed, assemble
-from .machine import Machine, as_chain, checked_chain
+from .machine import Machine, as_chain, check_dtype, checked_chain
 from .options import (
     COUNT,
-    DTYPES,
     IN_GROUPS,
     Number,
     brief,
     builtin,
     check_number,
     hint,
-    listed,
     refuse_flags,
     split_options,
 )
@@ -94,9 +92,7 @@ class Optimizer(Machine, torch.optim.Optimizer):
             tensor = p[1] if isinstance(p, tuple) else p
             if not isinstance(tensor, Tensor):
                 continue  # torch refuses it
-            if tensor.dtype not in DTYPES:
-                use = "torch.view_as_real" if tensor.is_complex() else f"one of {listed(DTYPES)}"
-                raise TypeError(f"{who}: a parameter of dtype {tensor.dtype} is not supported: use {use}")
+            check_dtype(who, tensor)
             self.check_parameter(tensor, group)
         if self._built:
             names = [p[0] for p in params if isinstance(p, tuple)]

@@ -70,8 +70,10 @@ class Job(NamedTuple):
     """What a loop is given; it holds what the addresses are of."""
 
     words: np.ndarray
+    size: np.ndarray
     blocks: np.ndarray
-    held: tuple[np.ndarray, ...]
+    out: np.ndarray
+    held: tuple[np.ndarray | None, ...]
 
     @classmethod
     def of(cls, columns: Sequence[Sequence[Tensor | None]], weights: np.ndarray | None, results: int) -> "Job":
@@ -84,12 +86,12 @@ class Job(NamedTuple):
         for name, array in given.items():
             words[PLACES[name]] = 0 if array is None else array.ctypes.data
         words[PLACES["tensors"]], words[PLACES["last"]] = len(columns), len(blocks)
-        return cls(words, blocks, (out, *(x for x in given.values() if x is not None)))
+        return cls(words, size, blocks, out, (pointers, weights))
 
     def run(self, text: str) -> np.ndarray:
         """The results of each block."""
-        on_threads(ccache.build(text), self.words, int(self.held[1].sum()) // BLOCK)
-        return self.held[0]
+        on_threads(ccache.build(text), self.words, int(self.size.sum()) // BLOCK)
+        return self.out
 
 
 def products(columns: Sequence[Sequence[Tensor | None]], tasks: int) -> Tensor:

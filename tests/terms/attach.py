@@ -41,7 +41,7 @@ MUTANTS = (
         ),
         (
             "attach: others' edits are checked first",
-            "for handle in everyone if everyone[0] is self else ():",
+            "for handle in everyone[1:] if everyone[0] is self else ():",
             "for handle in ():",
             attach("a_wrong_edit_is_found_before_another_handle_has_rewritten_anything"),
         ),
