@@ -1,7 +1,6 @@
 """Gradients of several tasks: their inner products, and their weighted sums."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,67 +13,74 @@ Rows = list[list[Tensor | None]]  # of each task, of each parameter
 
 PIECES = {"cpu": 1 << 17}  # elements of all tasks whose products torch forms at once: what fits a cache
 PIECE = 1 << 19  # elsewhere: few launches, 4 MB of copies
-TOGETHER = 1 << 20  # elements that one loop sums before their gradients are freed
+TOGETHER = 1 << 21  # elements of new memory that one loop takes: 8 MB
 
 
 def gramian(rows: Rows, each_tensor: bool = False) -> Tensor:
     """Inner products of the tasks' gradients in float64, [tasks, tasks]; of each parameter with a dimension before."""
     columns, tasks = list(zip(*rows, strict=True)), len(rows)
-    filled = [i for i, column in enumerate(columns) if numel(column)]
-    device = some(columns[filled[0]]).device if filled else torch.device("cpu")
+    groups = alike(columns, [i for i, column in enumerate(columns) if numel(column)])
+    device = some(columns[groups[0][1][0]]).device if groups else torch.device("cpu")
     total = torch.zeros(len(columns), tasks, tasks, dtype=torch.float64, device=device)
-    for by_torch, at in alike(columns, sorted(filled, key=lambda i: kind(columns[i]))):
-        parts = [vectors(columns[i]) for i in at]
-        if not by_torch:
-            total[at] = mix.products(parts, tasks).to(device)
-        elif each_tensor:
-            total[at] = torch.stack([by_matrices([part]) for part in parts]).to(device)
-        else:
-            total[at[0]] = by_matrices(parts).to(device)
+    for by_torch, group in groups:
+        for at in together(group, [tasks * copied(columns[i]) for i in group]):
+            parts = [laid(columns[i]) for i in at]
+            if not by_torch:
+                total[at] = mix.products(parts, tasks).to(device)
+            elif each_tensor:
+                total[at] = torch.stack([by_matrices([part]) for part in parts]).to(device)
+            else:
+                total[at[0]] = by_matrices(parts).to(device)
     return total if each_tensor else total.sum(0)
 
 
 def combinations(rows: Rows, weights: Tensor) -> list[Tensor | None]:
     """The sum of each parameter's gradients by its weights [parameters, tasks], rounded once.
 
-    Each gradient is taken out of the lists when it is done with.
+    Each gradient is taken out of the lists when it is done with; small ones go first: by then they have freed more than
+    the result for a large one takes.
     """
     columns: list[Column] = list(zip(*rows, strict=True))
     merged: list[Tensor | None] = [None] * len(columns)
     having = [i for i, column in enumerate(columns) if any(g is not None for g in column)]
-    # Small ones first: by then they have freed more than the result for a large one takes.
-    for by_torch, at in alike(columns, sorted(having, key=lambda i: numel(columns[i])), TOGETHER):
-        if by_torch:
-            made = [combination(columns[i], weights[i]) for i in at]
-        else:
-            made = [torch.empty_like(some(columns[i])) for i in at]
-            mix.weighted([vectors([x, *columns[i]]) for i, x in zip(at, made, strict=True)], weights[at])
-        for i, x in zip(at, made, strict=True):
-            merged[i], columns[i] = x, ()
-            for row in rows:
-                row[i] = None
+    for by_torch, group in alike(columns, having):
+        for at in together(group, [numel(columns[i]) + len(rows) * copied(columns[i]) for i in group]):
+            if by_torch:
+                made = [combination(columns[i], weights[i]) for i in at]
+            else:
+                made = [torch.empty_like(some(columns[i])) for i in at]
+                mix.weighted([laid([x, *columns[i]]) for i, x in zip(at, made, strict=True)], weights[at])
+            for i, x in zip(at, made, strict=True):
+                merged[i], columns[i] = x, ()
+                for row in rows:
+                    row[i] = None
     return merged
 
 
-def alike(columns: Sequence[Column], order: Sequence[int], most: float = math.inf) -> Iterator[tuple[bool, list[int]]]:
-    """Neighbours of one kind with at most so many elements: whether torch must take them, and which they are."""
+def alike(columns: Sequence[Column], at: Iterable[int]) -> list[tuple[bool, list[int]]]:
+    """These parameters by device and dtype of their gradients, small ones first: whether torch must take them."""
+    found: dict[tuple[torch.device, frozenset[torch.dtype]], list[int]] = {}
+    for i in sorted(at, key=lambda i: numel(columns[i])):
+        having = [g for g in columns[i] if g is not None]
+        found.setdefault((having[0].device, frozenset(g.dtype for g in having)), []).append(i)
+    return [
+        (len(dtypes) > 1 or mix.why_not(len(columns[group[0]]), device, *dtypes) is not None, group)
+        for (device, dtypes), group in found.items()
+    ]
+
+
+def together(group: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Neighbours that one loop takes, by the elements of new memory that each needs: a few large ones, or many."""
     run: list[int] = []
-    size, last = 0, (True, "", "")
-    for i in order:
-        now, more = kind(columns[i]), numel(columns[i])
-        if run and (now != last or size + more > most):
-            yield last[0], run
-            run, size = [], 0
+    free = TOGETHER
+    for i, size in zip(group, sizes, strict=True):
+        if run and size > free:
+            yield run
+            run, free = [], TOGETHER
         run.append(i)
-        size, last = size + more, now
+        free -= size
     if run:
-        yield last[0], run
-
-
-def kind(column: Column) -> tuple[bool, str, str]:
-    """Whether torch must take it, its device and its dtype."""
-    first, mixed = some(column), len({g.dtype for g in column if g is not None}) > 1
-    return mixed or mix.why_not(len(column), first.device, first.dtype) is not None, str(first.device), str(first.dtype)
+        yield run
 
 
 def some(column: Column) -> Tensor:
@@ -86,17 +92,18 @@ def numel(column: Column) -> int:
     return max(0 if g is None else g.numel() for g in column)
 
 
-def lies(g: Tensor) -> list[int]:
-    """The dimensions in the order in which a tensor lies in memory."""
-    return sorted(range(g.dim()), key=g.stride, reverse=True)
-
-
-def vectors(column: Column) -> list[Tensor | None]:
-    """A parameter's gradients in the order in which the first lies in memory: views of dense ones."""
-    if all(g is None or (g.is_contiguous() and not g.is_neg()) for g in column):
-        return [None if g is None else g.view(-1) for g in column]
-    dims = lies(some(column))
+def laid(column: Column) -> Column:
+    """A parameter's gradients without gaps, in the order in which the first lies in memory: copies where need be."""
+    if not copied(column):
+        return column
+    dims = sorted(range(some(column).dim()), key=some(column).stride, reverse=True)
     return [None if g is None else g.permute(dims).reshape(-1).resolve_neg().contiguous() for g in column]
+
+
+def copied(column: Column) -> int:
+    """How many elements of each gradient `laid` may copy."""
+    plain = all(g is None or (g.is_contiguous() and not g.is_neg()) for g in column)
+    return 0 if plain else numel(column)
 
 
 def by_matrices(parts: Sequence[Column]) -> Tensor:
@@ -109,8 +116,8 @@ def by_matrices(parts: Sequence[Column]) -> Tensor:
         end = 0
         for i, start, stop in pack:
             begin, end = end, end + stop - start
-            for row, vector in zip(wide[:, begin:end], parts[i], strict=True):
-                row.copy_(vector[start:stop]) if vector is not None else row.zero_()
+            for row, g in zip(wide[:, begin:end], parts[i], strict=True):
+                row.copy_(g.view(-1)[start:stop]) if g is not None else row.zero_()
         x = wide[:, :end]
         total += x @ x.T
     return total

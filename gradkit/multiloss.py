@@ -19,6 +19,7 @@ __all__ = ["CAGrad", "PCGrad"]
 Order = Sequence[Sequence[int]]
 
 BUCKET = 1 << 22  # elements that ranks average in one message
+STILL = 1e-12  # of all weight: no move is worth a round
 NEAR_ZERO = 1e-8  # of a gradient's usual norm: rounding in float32
 
 
@@ -172,7 +173,7 @@ def nearest(gram: Tensor, c: Tensor, w: Tensor) -> Tensor:
     """The w on the simplex that minimises <b, w> + c sqrt(w' gram w), b the mean of the columns, from a start.
 
     Each round moves weight between the two tasks for which that gains most, to the minimum on their line; two tasks
-    need one. The number of rounds is fixed: looking whether they suffice would wait for the device.
+    need one. Elsewhere than on the CPU their number is fixed: looking whether they suffice would wait for the device.
     """
     tasks = len(w)
     b, square = gram.mean(-1), gram.diagonal()
@@ -192,6 +193,8 @@ def nearest(gram: Tensor, c: Tensor, w: Tensor) -> Tensor:
         then = (length * move * move + 2 * along * move + now).clamp(min=0)
         best = (slope * move + c * (torch.sqrt(then) - torch.sqrt(now))).argmin().view(1)
         by = move.view(-1)[best]
+        if by.is_cpu and abs(by.numpy()[0]) < STILL:
+            break
         w = w.index_add(0, best // tasks, by).index_add(0, best % tasks, -by)
     return w
 

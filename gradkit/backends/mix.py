@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +11,8 @@ from . import ccache
 from .blocks import blocks_of
 from .csource import BLOCK, JOB, PLACES, PRELUDE, RUN, STORAGE
 from .native import on_threads
+
+Columns = Sequence[Sequence[Tensor | None]]  # of each parameter, a tensor without gaps from each task, or None
 
 MOST = 8  # tasks
 LANES = 32  # sums side by side: with 16 the compiler's loop takes three times as long
@@ -66,49 +67,35 @@ def source(tasks: int, dtype: torch.dtype, weighted: bool) -> str:
     )
 
 
-class Job(NamedTuple):
-    """What a loop is given; it holds what the addresses are of."""
-
-    words: np.ndarray
-    size: np.ndarray
-    blocks: np.ndarray
-    out: np.ndarray
-    held: tuple[np.ndarray | None, ...]
-
-    @classmethod
-    def of(cls, columns: Sequence[Sequence[Tensor | None]], weights: np.ndarray | None, results: int) -> "Job":
-        size = np.array([next(x.numel() for x in c if x is not None) for c in columns], np.int64)
-        pointers = np.array([[0 if x is None else x.data_ptr() for x in c] for c in columns], np.int64).T.copy()
-        blocks = blocks_of(size, BLOCK)[0].astype(np.int64)
-        out = np.zeros((len(blocks), results))
-        words = np.zeros(len(JOB), np.int64)
-        given = {"size": size, "pointers": pointers, "blocks": blocks, "out": out, "H": weights}
-        for name, array in given.items():
-            words[PLACES[name]] = 0 if array is None else array.ctypes.data
-        words[PLACES["tensors"]], words[PLACES["last"]] = len(columns), len(blocks)
-        return cls(words, size, blocks, out, (pointers, weights))
-
-    def run(self, text: str) -> np.ndarray:
-        """The results of each block."""
-        on_threads(ccache.build(text), self.words, int(self.size.sum()) // BLOCK)
-        return self.out
+def run(
+    text: str, columns: Columns, weights: np.ndarray | None = None, results: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a loop found in each block, and the number of each column's first block."""
+    size = np.array([next(x.numel() for x in c if x is not None) for c in columns], np.int64)
+    pointers = np.array([[0 if x is None else x.data_ptr() for x in c] for c in columns], np.int64).T.copy()
+    blocks, counts = blocks_of(size, BLOCK)
+    blocks, out, job = blocks.astype(np.int64), np.zeros((len(blocks), results)), np.zeros(len(JOB), np.int64)
+    given = {"size": size, "pointers": pointers, "blocks": blocks, "out": out, "H": weights}
+    for name, array in given.items():
+        job[PLACES[name]] = 0 if array is None else array.ctypes.data
+    job[PLACES["tensors"]], job[PLACES["last"]] = len(columns), len(blocks)
+    on_threads(ccache.build(text), job, int(size.sum()) // BLOCK)
+    return out, np.cumsum(counts) - counts
 
 
-def products(columns: Sequence[Sequence[Tensor | None]], tasks: int) -> Tensor:
-    """Of each column of vectors, some of which may be None: [columns, tasks, tasks] in float64."""
+def products(columns: Columns, tasks: int) -> Tensor:
+    """Inner products in float64 [columns, tasks, tasks], of tensors that have elements."""
     dtype = next(x.dtype for x in columns[0] if x is not None)
     first, second = np.triu_indices(tasks)
-    job = Job.of(columns, None, len(first))
-    sums = np.zeros((len(columns), len(first)))
-    np.add.at(sums, job.blocks[:, 0], job.run(source(tasks, dtype, False)))
+    out, begin = run(source(tasks, dtype, False), columns, results=len(first))
     gram = np.zeros((len(columns), tasks, tasks))
-    gram[:, first, second] = gram[:, second, first] = sums
+    gram[:, first, second] = gram[:, second, first] = np.add.reduceat(out, begin)
     return torch.from_numpy(gram)
 
 
-def weighted(columns: Sequence[Sequence[Tensor | None]], weights: Tensor) -> None:
-    """Into the first vector of each column the sum of the others by its weights [columns, tasks]."""
+def weighted(columns: Columns, weights: Tensor) -> None:
+    """Into the first tensor of each column the sum of the others by its weights [columns, tasks]."""
     dtype = next(x.dtype for x in columns[0] if x is not None)
-    having = torch.tensor([[x is not None for x in c[1:]] for c in columns])
-    table = torch.where(having, weights, 0.0).to(torch.float64 if dtype == torch.float64 else torch.float32)
-    Job.of([(*c[1:], c[0]) for c in columns], table.numpy(), 0).run(source(weights.shape[1], dtype, True))
+    having = np.array([[x is not None for x in c[1:]] for c in columns])
+    table = np.where(having, weights.numpy(), 0.0).astype(np.float64 if dtype == torch.float64 else np.float32)
+    run(source(weights.shape[1], dtype, True), [(*c[1:], c[0]) for c in columns], table)

@@ -192,9 +192,15 @@ MUTANTS = (
         ),
         (
             "backward: memory",
-            "                row[i] = None\n    return merged",
-            "                pass\n    return merged",
-            losses("memory_is_a_trunk_of_gradients_for_each_task"),
+            "                    row[i] = None\n",
+            "                    pass\n",
+            losses("memory_is_a_trunk_of_gradients_for_each_task", "plain"),
+        ),
+        (
+            "inner products: memory of copies",
+            "[tasks * copied(columns[i]) for i in group]",
+            "[0 for i in group]",
+            losses("memory_is_a_trunk_of_gradients_for_each_task", "transposed"),
         ),
         (
             "combination: rounded once",
