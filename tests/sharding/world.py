@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 RANKS = 2
-PATIENCE = timedelta(seconds=20)  # a collective that waits longer is a hang
-WHOLE = 120.0  # seconds for all cases; they need about 15
+PATIENCE = timedelta(seconds=60)  # a collective that waits longer is a hang; a rank may be compiling meanwhile
+STILL = 180.0  # seconds in which no rank comes to the end of a case; one needs less than 2
 
 Case = Callable[[Path], None]
 
@@ -53,10 +53,11 @@ def run_world(cases: Mapping[str, Case], folder: Path) -> dict[str, list[str]]:
     """Run all cases on all ranks -> what each rank has to say of each case; "" is good."""
     os.makedirs(folder / "files")
     ranks = mp.spawn(run_rank, (free_port(), str(folder), cases), nprocs=RANKS, join=False)
-    end = time.monotonic() + WHOLE
+    done, since = 0, time.monotonic()
     try:
-        while not ranks.join(timeout=1.0) and time.monotonic() < end:
-            pass
+        while not ranks.join(timeout=1.0) and time.monotonic() - since < STILL:
+            if (now := len(os.listdir(folder))) > done:
+                done, since = now, time.monotonic()
     except mp.ProcessRaisedException as e:
         print(e)  # the cases that this rank did not reach fail below
     finally:

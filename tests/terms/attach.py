@@ -7,6 +7,10 @@ def attach(name: str, *parameters: str) -> str:
     return f"test_attach.py::test_{name}" + (f"[{'-'.join(parameters)}]" if parameters else "")
 
 
+def filed(name: str, *parameters: str) -> str:
+    return attach(name, *parameters).replace("test_attach.py", "test_attach_files.py")
+
+
 def layout(kind: str) -> str:
     return attach("a_gradient_of_another_layout_gets_its_values", kind, "eager")
 
@@ -15,13 +19,13 @@ def scaled(fused: str = "fused") -> str:
     return attach("a_scaled_loss_takes_the_steps_of_the_unscaled_one", "AdamW", fused, "implicit")
 
 
-STRANGERS = attach("keys_of_what_is_not_attached_are_dropped_with_one_warning")
-FILE = attach("names_in_a_file_and_that_numbers_in_it_are_pythons")
+STRANGERS = filed("keys_of_what_is_not_attached_are_dropped_with_one_warning")
+FILE = filed("names_in_a_file_and_that_numbers_in_it_are_pythons")
 GROUPS = attach("groups_follow_the_first_one_and_may_have_their_own_values")
 DETACHED = attach("detaching_leaves_a_plain_optimizer")
-ADOPTED = attach("attaching_behind_a_load_goes_on_from_it", "torch.float32")
-ONLY_OURS = attach("an_entry_that_was_ours_alone_is_no_state_of_the_optimizers")
-LATER = attach("a_class_that_looks_for_every_key_of_a_file_finds_it")
+ADOPTED = filed("attaching_behind_a_load_goes_on_from_it", "torch.float32")
+ONLY_OURS = filed("an_entry_that_was_ours_alone_is_no_state_of_the_optimizers")
+LATER = filed("a_class_that_looks_for_every_key_of_a_file_finds_it")
 MUTANTS = (
     *rows(
         "attach.py",
@@ -85,7 +89,7 @@ MUTANTS = (
             "attach: arguments survive a load",
             "                group.setdefault(key, value)\n",
             "                pass\n",
-            attach("a_file_from_before_attaching_loads_and_state_starts_fresh"),
+            filed("a_file_from_before_attaching_loads_and_state_starts_fresh"),
         ),
         (
             "attach: detaching empties the groups",
@@ -101,7 +105,7 @@ MUTANTS = (
             "attach: half of a link's state",
             "mine = {n: x for n, x in mine.items() if n not in names}",
             "pass",
-            attach(
+            filed(
                 "a_link_of_which_a_file_lacks_something_starts_fresh",
                 "attached, then loaded",
                 "gradkit_grokfast_ema_grad_ema",
@@ -113,7 +117,7 @@ MUTANTS = (
             "attach: slots keep their dtype",
             "dtype = program.slot_dtype(name, p, group)",
             "dtype = p.dtype",
-            attach("a_bfloat16_parameters_slots_are_float32_behind_a_load"),
+            filed("a_bfloat16_parameters_slots_are_float32_behind_a_load"),
         ),
         (
             "attach: a load takes ours out",
@@ -150,13 +154,13 @@ MUTANTS = (
             "attach: a file from before starts fresh",
             "keep - counted & {*g}",
             "keep & {*g}",
-            attach("a_file_from_before_attaching_loads_and_state_starts_fresh"),
+            filed("a_file_from_before_attaching_loads_and_state_starts_fresh"),
         ),
         (
             "attach: what a load has rounded",
             "given[n].dtype != mine[n].dtype",
             "False",
-            attach("attaching_behind_a_load_goes_on_from_it", "torch.bfloat16"),
+            filed("attaching_behind_a_load_goes_on_from_it", "torch.bfloat16"),
         ),
         ("attach: adoption takes out", "name: entry.pop(", "name: entry.get(", ADOPTED),
     ),
