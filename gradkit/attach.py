@@ -14,7 +14,6 @@ from .chain import Chain, Placed, chain, distinct
 from .machine import Machine, check_dtype, checked_chain
 from .optimizer import Optimizer
 from .options import IN_GROUPS, brief, builtin
-from .plan import same
 from .transform import Stage, rule
 
 
@@ -49,12 +48,14 @@ def real(optimizer: Any) -> torch.optim.Optimizer:
         raise TypeError(
             f"attach: {brief(optimizer)} is no torch.optim.Optimizer: give attach(optimizer, transform, ...)"
         )
-    while "_optimizer_step_pre_hooks" not in vars(optimizer):
+    while not vars(optimizer).keys() >= HOOKS:
         inner = getattr(optimizer, "optimizer", None)
         if not isinstance(inner, torch.optim.Optimizer):
             raise TypeError(f"attach: {type(optimizer).__name__} runs no hooks: give the optimizer that it wraps")
         optimizer = inner
     who = type(optimizer).__name__
+    if not getattr(optimizer, "param_groups", None):
+        raise ValueError(f"attach: {who} has no parameters")
     if isinstance(optimizer, Optimizer):
         raise TypeError(
             f"attach: {who} is gradkit's own, which runs transforms in its step: {who}(..., transforms=[...])"
@@ -68,6 +69,10 @@ def real(optimizer: Any) -> torch.optim.Optimizer:
             "attach: SparseAdam takes sparse gradients, and transforms take dense ones: use torch.optim.Adam"
         )
     return optimizer
+
+
+KINDS = ("step_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+HOOKS = {f"_optimizer_{kind}_hooks" for kind in KINDS}  # where torch keeps ours
 
 
 def handles(optimizer: torch.optim.Optimizer) -> "list[Attached]":
@@ -108,7 +113,7 @@ class Attached(Machine):
         self._unscales = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._loaded: Loaded | None = None
         self._strange: set[str] = set()  # keys of groups that a warning has named
-        self._marked = False  # whether the optimizer's state may hold marks of what was ours
+        self._marked = False  # whether the optimizer's state may hold copies of ours
         labels = list(dict.fromkeys(map(label, self.links)))
         self._check(labels)
         chains = [c for x in self.transforms for c in x.walk()]
@@ -123,6 +128,8 @@ class Attached(Machine):
         self.parts = [{*part} for part in parts]  # what is saved and loaded together
         self.names = {name: key for part in parts for name, key in part.items()}  # of our state -> in a file
         self._check_files()
+        for other in handles(optimizer):
+            other._sweep()
         self.state.update(carrying.adopt(self))
         for key, value in (*((IN_GROUP + n, v) for n, v in self.arguments.items()), (self.clock_key, 0.0)):
             optimizer.param_groups[0].setdefault(key, value)
@@ -166,7 +173,10 @@ class Attached(Machine):
         return f"attached to {type(self.optimizer).__name__}"
 
     def now(self) -> None:
-        """Rewrite `p.grad` at once; the next `optimizer.step()` with these very tensors does not do so again."""
+        """Rewrite `p.grad` at once; the next `optimizer.step()` does not do so again.
+
+        Unless every gradient is another tensor by then: of a new backward, where that step was left out.
+        """
         if not self._hooks:
             raise RuntimeError(f"{self.who}: it was detached; call gradkit.attach again")
         self._early = self._gradients() if self._transform() else None
@@ -261,14 +271,16 @@ class Attached(Machine):
         def both(*args: Any, **kwargs: Any) -> Any:
             self._early = None
             loss = closure(*args, **kwargs)
-            self._at_step()
+            done, self._early = self._early, None
+            if done is None:  # a trainer's closure may call now(), and change gradients behind it
+                self._transform()
             return loss
 
         return both
 
     def _at_step(self) -> None:
-        done, self._early = self._early, None
-        if done is None or not same(done, self._gradients()):
+        done, self._early = self._early or (), None
+        if not any(g is before for g, before in zip(self._gradients(), done, strict=False) if g is not None):
             self._transform()
 
     @torch._disable_dynamo

@@ -145,10 +145,8 @@ def take(handle: "Attached", beside: "Sequence[Attached]", state_dict: dict[str,
             handle.who,
             ", ".join(sorted(strange)),
         )
-    ours = {*handle.names.values(), *strange}
+    ours = set() if loads_itself(handle.optimizer) else {*handle.names.values(), *strange}
     rest = {key: {k: v for k, v in e.items() if k not in ours} for key, e in entries.items()}
-    if loads_itself(handle.optimizer):
-        rest = {key: {k: None if k in ours else v for k, v in e.items()} for key, e in entries.items()}
     gone = {key for key, e in rest.items() if entries[key] and not e}  # the optimizer had no state there
     kept = {key: rest.get(key, e) for key, e in state_dict["state"].items() if key not in gone}
     left = [{k: v for k, v in g.items() if k not in strange} for g in groups]
@@ -156,17 +154,17 @@ def take(handle: "Attached", beside: "Sequence[Attached]", state_dict: dict[str,
 
 
 def loads_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its class goes on behind torch's load, and may look for every key of the file: it finds None for ours."""
+    """Whether its class goes on behind torch's load, and may look for each key of the file: ours stay until `sweep`."""
     return type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict
 
 
 def sweep(optimizer: torch.optim.Optimizer) -> None:
-    """Take out what was left for such a class."""
+    """Take out what was left for such a class, some of which keep other things in `state` than their parameters'."""
     for p, entry in list(optimizer.state.items()):
-        marks = [k for k, v in entry.items() if v is None and str(k).startswith(IN_STATE)] if entry else []
-        for key in marks:
+        left = [k for k in entry if str(k).startswith(IN_STATE)] if isinstance(entry, Mapping) else []
+        for key in left:
             del entry[key]
-        if marks and not entry:
+        if left and not entry:
             del optimizer.state[p]  # or the optimizer would think that it has state
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends import mix
-from .plan import compute_dtype
+from .plan import compute_dtype, hollow
 
 Column = Sequence[Tensor | None]  # of one parameter, from each task
 Rows = list[list[Tensor | None]]  # of each task, of each parameter
@@ -59,13 +59,14 @@ def combinations(rows: Rows, weights: Tensor) -> list[Tensor | None]:
 
 def alike(columns: Sequence[Column], at: Iterable[int]) -> list[tuple[bool, list[int]]]:
     """These parameters by device and dtype of their gradients, small ones first: whether torch must take them."""
-    found: dict[tuple[torch.device, frozenset[torch.dtype]], list[int]] = {}
+    found: dict[tuple[torch.device, frozenset[torch.dtype], bool], list[int]] = {}
     for i in sorted(at, key=lambda i: numel(columns[i])):
         having = [g for g in columns[i] if g is not None]
-        found.setdefault((having[0].device, frozenset(g.dtype for g in having)), []).append(i)
+        of = having[0].device, frozenset(g.dtype for g in having), any(map(hollow, having))
+        found.setdefault(of, []).append(i)
     return [
-        (len(dtypes) > 1 or mix.why_not(len(columns[group[0]]), device, *dtypes) is not None, group)
-        for (device, dtypes), group in found.items()
+        (wrapped or len(dtypes) > 1 or mix.why_not(len(columns[group[0]]), device, *dtypes) is not None, group)
+        for (device, dtypes, wrapped), group in found.items()
     ]
 
 

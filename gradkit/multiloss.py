@@ -223,6 +223,8 @@ def backward(
     if scaler is not None and not callable(getattr(scaler, "scale", None)):
         raise TypeError(f"backward: scaler={brief(scaler)}: give a torch.amp.GradScaler")
     params = trained(optimizer_or_params)
+    for p in params:
+        checked("backward: in p.grad", p.grad)
     graphs = graphs_of(losses)
     reached = [{id(node.variable) for node in graph if hasattr(node, "variable")} for graph in graphs]
     trunk = common(params, reached, shared)

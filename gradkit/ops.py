@@ -24,7 +24,7 @@ def _tensors(name: str, *args: Number) -> tuple[Tensor, ...]:
 @op
 def sqrt(x: Number) -> Tensor:
     (x,) = _tensors("sqrt", x)
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or type(x) is not Tensor:
         return x.double().sqrt().to(x.dtype)
     with np.errstate(invalid="ignore"):  # NaN below zero
         return torch.as_tensor(np.sqrt(x.detach().numpy()))  # torch's own is 1 ulp off for 15-20 % of all values

@@ -186,7 +186,7 @@ class Kind(NamedTuple):
 def kind_of(program: Program, p: Tensor, g: Tensor, group: Mapping[str, Any]) -> Kind:
     slots = tuple(program.slot_dtype(n, p, group) for n in program.slots)
     rounding = rounding_of(p, group)
-    return Kind(program, p.device, p.dtype, g.dtype, slots, rounding, detour(program, p, rounding))
+    return Kind(program, p.device, p.dtype, g.dtype, slots, rounding, detour(program, p, g, rounding))
 
 
 class Units(NamedTuple):
@@ -348,7 +348,7 @@ def units_of(p: Tensor, axis: int) -> "Units":
     return Units(p.numel() // (count * inner), count, inner) if p.numel() else Units(0, count, 1)
 
 
-def detour(program: Program, p: Tensor, rounding: str) -> str:
+def detour(program: Program, p: Tensor, g: Tensor, rounding: str) -> str:
     """Why this parameter can only be run by eager; empty if any backend can."""
     if sharding.is_sharded(p):
         placements = sharding.placements(p)
@@ -363,6 +363,8 @@ def detour(program: Program, p: Tensor, rounding: str) -> str:
                 f"along dimension {program.axis} (fully_shard takes shard_placement_fn=), or not at all"
             )
     flat = sharding.local(p.detach())
+    if hollow(flat) or hollow(sharding.local(g)):
+        return "a tensor around others has no memory of its own"
     if not dense(flat):
         return "not dense in memory"
     if rounding == "stochastic" and not isinstance(sharding.logical_index(p), int):
@@ -370,6 +372,11 @@ def detour(program: Program, p: Tensor, rounding: str) -> str:
     if program.splits and not flat.is_contiguous():
         return "a selection follows the logical index, and memory does not"
     return ""
+
+
+def hollow(t: Tensor) -> bool:
+    """Whether this is a subclass that wraps other tensors: its address is 0, which a loop would write to."""
+    return type(t) not in (Tensor, torch.nn.Parameter) and t.numel() > 0 and t.data_ptr() == 0
 
 
 def everything(state: Mapping[Tensor, dict]) -> list[Any]:

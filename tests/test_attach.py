@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gradkit
 from gradkit import transforms as tx
-from gradkit.attach import handles
+from gradkit.attach import handles, real
 from tests.cases import BACKENDS, BY_NAME
 from tests.contract.rows import assert_same, everything, gradients, parameters, train, values
 from tests.in_front import attached, clones, half_way, ours, pair, sgd
@@ -556,6 +556,9 @@ def test_wrappers_without_hooks_are_opened():
     assert gradkit.attach(Wrapper(optimizer), tx.clip_by_value(1.0)).optimizer is optimizer
     with pytest.raises(TypeError, match="Wrapper runs no hooks: give the optimizer that it wraps"):
         gradkit.attach(Wrapper(None), tx.clip_by_value(1.0))
+    some = Wrapper(optimizer)  # as many of pytorch_optimizer's, which have those of a step and no more
+    some._optimizer_step_pre_hooks, some.param_groups = {}, optimizer.param_groups
+    assert real(some) is optimizer
 
 
 def test_accelerates_wrapper_is_opened():
@@ -627,6 +630,33 @@ def test_what_now_has_not_seen_is_transformed_in_the_step(then):
 
     handle.optimizer.step(*[closure] * (then == "a closure"))
     assert p.item() == pytest.approx(-0.1)
+
+
+@pytest.mark.parametrize("between", ["one replaced", "one taken away", "all replaced, in a closure"])
+def test_behind_now_gradients_may_be_changed_before_the_step(between):
+    params = parameters()
+    handle = attached(sgd(params), tx.grokfast_ema(lamb=1.0))
+    given = [torch.ones_like(p) for p in params]
+    for p, g in zip(params, given, strict=True):
+        p.grad = g.clone()
+
+    def change():
+        handle.now()  # doubles them
+        if between == "all replaced, in a closure":
+            for p in params:
+                p.grad = p.grad * 1.0
+        else:
+            params[0].grad = None if between == "one taken away" else params[0].grad * 1.0
+
+    if between == "all replaced, in a closure":
+        handle.optimizer.step(change)
+    else:
+        change()
+        handle.optimizer.step()
+    assert handle.clock == 1
+    for p, before in zip(params, parameters(), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(before - p, torch.full_like(p, 2.0))
 
 
 def test_a_wrong_edit_is_found_before_another_handle_has_rewritten_anything():

@@ -102,6 +102,8 @@ def test_numbers_of_each_tensor_resume_bitwise(tmp_path):
 THIRD_PARTY = [
     ("pytorch_optimizer", "AdEMAMix", {}),
     ("pytorch_optimizer", "Lion", {}),
+    ("pytorch_optimizer", "FAdam", {}),  # which looks at every value of a file that it loads
+    ("pytorch_optimizer", "MADGRAD", {}),  # which keeps a number of its own in `state`
     ("optimi", "AdamW", {}),
     ("optimi", "StableAdamW", {"triton": False}),
 ]

@@ -578,7 +578,8 @@ def test_memory_is_a_trunk_of_gradients_for_each_task(way):
     if extra is None:
         pytest.skip("this system doesn't tell a process's peak memory")
     mib = layers * width * width * 4 / 2**20
-    assert 0.9 * tasks * mib < extra < tasks * mib + 16
+    beside = 16 if way == "plain" else 32  # copies of each size come and go, which leaves gaps; all of them are 50
+    assert 0.9 * tasks * mib < extra < tasks * mib + beside
 
 
 # bad input
@@ -631,6 +632,14 @@ def test_an_error_in_a_later_backward_leaves_no_gradient():
     with pytest.raises(ZeroDivisionError):
         gradkit.backward(ours, NET.parameters(), PCGrad())
     assert all(p.grad is None for p in NET.parameters())
+
+
+def test_a_sparse_p_grad_is_refused_before_anything_has_changed():
+    table, row = nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.ones(2))
+    table.grad = torch.ones(4, 2).to_sparse()
+    with pytest.raises(TypeError, match=r"backward: in p.grad: a gradient is .*sparse"):
+        gradkit.backward([(table * row).sum() * k for k in range(1, 3)], [row, table], PCGrad())
+    assert row.grad is None
 
 
 def test_sparse_gradients_are_refused():

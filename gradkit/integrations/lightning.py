@@ -38,6 +38,13 @@ __all__ = ["GradientTransforms", "MultiLoss", "OptimizerMonitor", "SophiaHessian
 LogitsOf = Callable[[pl.LightningModule, Any], tuple[Tensor, Tensor | None]]
 
 
+def configured(who: str, trainer: pl.Trainer) -> list[Any]:
+    """The module's optimizers; Lightning's stand-in for none has no groups."""
+    if not (found := [opt for opt in trainer.optimizers if opt.param_groups]):
+        raise MisconfigurationException(f"{who}: configure_optimizers returned no optimizer")
+    return found
+
+
 class GradientTransforms(pl.Callback):
     """For Lightning's Trainer: `gradkit.attach` on whatever optimizers the module configures.
 
@@ -58,17 +65,18 @@ class GradientTransforms(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Behind configure_optimizers, in front of the loading of their states.
         made: list[Attached] = []
+        optimizers = configured("GradientTransforms", trainer)
         # Of a fit before, with the same optimizer. A copy of this callback has handles that are detached.
         held = {id(handle.optimizer): handle for handle in self.handles if handle in handles(handle.optimizer)}
         try:
-            for opt in trainer.optimizers:
+            for opt in optimizers:
                 if id(opt) not in held:
                     made.append(attach(opt, *self.transforms))
         except Exception:
             for handle in made:
                 handle.detach()
             raise
-        kept = [held[id(opt)] for opt in trainer.optimizers if id(opt) in held]
+        kept = [held[id(opt)] for opt in optimizers if id(opt) in held]
         self.handles, self._clip_val = [*kept, *made], trainer.gradient_clip_val
         if self._clip_val and (both := clips(self.transforms)):
             rank_zero_warn(
@@ -130,8 +138,8 @@ class OptimizerMonitor(pl.Callback):
                 self._counting[f"{name}-{same}" if same else name] = counting
         if not self._counting and not isinstance(pl_module, MultiLoss):
             raise MisconfigurationException(
-                f"OptimizerMonitor: {of_whom(*trainer.optimizers)} counts nothing; use an optimizer of gradkit, or "
-                f"GradientTransforms"
+                f"OptimizerMonitor: {of_whom(*configured('OptimizerMonitor', trainer))} counts nothing; use an "
+                f"optimizer of gradkit, or GradientTransforms"
             )
         for counting in self._counting.values():
             counting.stats(every=self.every)
@@ -201,10 +209,11 @@ class SophiaHessian(pl.Callback):
         self._step = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        found = [opt for opt in trainer.optimizers if isinstance(opt, Sophia)]
+        optimizers = configured("SophiaHessian", trainer)
+        found = [opt for opt in optimizers if isinstance(opt, Sophia)]
         if not found:
             raise MisconfigurationException(
-                f"SophiaHessian: {of_whom(*trainer.optimizers)} takes no estimates; return gradkit.Sophia from "
+                f"SophiaHessian: {of_whom(*optimizers)} takes no estimates; return gradkit.Sophia from "
                 f"configure_optimizers, or leave this callback out"
             )
         for p in (p for opt in found for group in opt.param_groups for p in group["params"]):

@@ -167,6 +167,12 @@ class OptimizerMonitor(TrainerCallback):
 
 def next_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """A causal language model's logits, and the labels that they are to predict: at each position the next."""
+    if "labels" not in inputs:
+        raise ValueError(
+            "SophiaHessian: the model was called without labels, as Trainer does with label_smoothing_factor= and "
+            "compute_loss_func=: give SophiaHessian(lambda model, inputs: (model(**inputs).logits, None)), where every "
+            "position counts"
+        )
     asked = {name: value for name, value in inputs.items() if name not in ("labels", "num_items_in_batch")}
     return model(**asked).logits[:, :-1], inputs["labels"][:, 1:]
 

@@ -611,6 +611,31 @@ def test_estimates_leave_gradients_and_random_numbers_alone_and_follow_from_seed
     assert not torch.equal(drawn[0][0], drawn[2][0]) and not torch.equal(drawn[0][0], drawn[0][1])
 
 
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+@pytest.mark.parametrize("callback", [GradientTransforms(zclip()), OptimizerMonitor(), SophiaHessian()])
+def test_a_module_without_an_optimizer_is_told(callback):
+    class Without(TorchAutomatic):
+        def configure_optimizers(self):
+            return None
+
+    with pytest.raises(MisconfigurationException, match=f"{type(callback).__name__}: configure_optimizers returned no"):
+        fit(Without(), logger=Seen(), callbacks=[callback])
+
+
+def test_a_clip_of_ones_own_may_replace_gradients():
+    class Own(TorchAutomatic):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            for p in self.parameters():
+                p.grad = p.grad * 1.0
+
+    plain, own = TorchAutomatic(), Own()
+    for module in (plain, own):
+        transforms = GradientTransforms(grokfast_ema())
+        fit(module, callbacks=[transforms])
+        assert transforms.handles[0].clock == BATCHES
+    near(weights(own), weights(plain), 0.0)
+
+
 def test_a_batch_without_labels_gives_no_estimate():
     module = Curved()
     run = fit(module, batch(torch.randn(2, 4), torch.full((2,), -100)), callbacks=[SophiaHessian()])

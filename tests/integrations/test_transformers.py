@@ -699,3 +699,14 @@ def test_logits_of_ones_own_are_taken(tmp_path):
     how: Any = {"optimizer_cls_and_kwargs": (gradkit.Sophia, {"lr": 1e-3}), "train_dataset": sentences()}
     Trainer(model, arguments(tmp_path, max_steps=2), callbacks=[SophiaHessian(logits)], **how).train()
     assert len(asked) == 1 and {"input_ids", "labels"} <= asked[0]
+
+
+def test_a_smoothed_loss_hides_the_labels_and_the_error_says_what_to_give(tmp_path):
+    how: Any = {"optimizer_cls_and_kwargs": (gradkit.Sophia, {"lr": 1e-3}), "train_dataset": sentences()}
+    smooth = arguments(tmp_path, max_steps=2, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="the model was called without labels, as Trainer does with label_smoothing"):
+        Trainer(language_model(), smooth, callbacks=[SophiaHessian()], **how).train()
+    given = SophiaHessian(lambda model, inputs: (model(**inputs).logits, None))
+    trainer = Trainer(language_model(), smooth, callbacks=[given], **how)
+    trainer.train()
+    assert any(s["hessian"].any() for s in trainer.optimizer.optimizer.state.values())

@@ -39,9 +39,27 @@ MUTANTS = (
         ),
         (
             "attach: now, for these gradients",
-            "if done is None or not same(done, self._gradients()):",
-            "if done is None:",
+            "if not any(g is before for g, before in zip(self._gradients(), done, strict=False) if g is not None):",
+            "if not done:",
             attach("what_now_has_not_seen_is_transformed_in_the_step", "another gradient"),
+        ),
+        (
+            "attach: now, though some were changed behind it",
+            "if not any(g is before",
+            "if not all(g is before",
+            attach("behind_now_gradients_may_be_changed_before_the_step", "one replaced"),
+        ),
+        (
+            "attach: now, in a closure",
+            "if done is None:  # a trainer's closure",
+            "if done is not self._gradients():  # a trainer's closure",
+            attach("behind_now_gradients_may_be_changed_before_the_step", "all replaced, in a closure"),
+        ),
+        (
+            "attach: wrappers with some hooks",
+            "vars(optimizer).keys() >= HOOKS",
+            "vars(optimizer).keys() & HOOKS",
+            attach("wrappers_without_hooks_are_opened"),
         ),
         (
             "attach: others' edits are checked first",
@@ -52,8 +70,8 @@ MUTANTS = (
         ("attach: unscaled once", "optimizer.grad_scale = None", "pass", scaled()),
         (
             "attach: behind a closure",
-            "            loss = closure(*args, **kwargs)\n            self._at_step()\n",
-            "            loss = closure(*args, **kwargs)\n",
+            "behind it\n                self._transform()\n",
+            "behind it\n                pass\n",
             attach("a_closures_gradients_are_transformed_behind_it", "keyword"),
         ),
         (
@@ -139,9 +157,9 @@ MUTANTS = (
             ONLY_OURS,
         ),
         (
-            "attach: marks stay while a class looks",
-            "k: None if k in ours else v for k, v in",
-            "k: v for k, v in",
+            "attach: ours stay while a class looks",
+            "set() if loads_itself(handle.optimizer) else",
+            "",
             LATER,
         ),
         (
