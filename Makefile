@@ -21,6 +21,8 @@ demo: $(VENV)/with-dev ## train one small model with each optimizer; prints a ta
 # Two processes take a file each. Those that take longest go first, or one of the two would end long before the other.
 SLOWEST := tests/test_examples.py tests/test_reference.py tests/sharding
 
+# Each of the two has as many threads as there are cores: those that have nothing to do shall sleep, not spin.
+test test-triton test-triton36: export OMP_WAIT_POLICY := passive
 test: $(VENV)/with-dev $(VENV)/with-docs $(VENV)/with-lightning $(VENV)/with-transformers ## all tests
 	$(pytest) $(SLOWEST) tests --ignore=tests/triton -n 2 --dist loadfile --no-loadscope-reorder
 	$(MAKE) test-triton

@@ -121,6 +121,7 @@ class Strict(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         for p, entry in zip(self.param_groups[0]["params"], state_dict["state"].values(), strict=True):
+            assert {*self.state[p]} >= {*entry}
             self.state[p] = {k: self.state[p][k] for k in entry}
 
 
