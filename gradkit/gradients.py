@@ -1,5 +1,6 @@
 """Gradients of several tasks: their inner products, and their weighted sums."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -14,6 +15,7 @@ Rows = list[list[Tensor | None]]  # of each task, of each parameter
 PIECES = {"cpu": 1 << 17}  # elements of all tasks whose products torch forms at once: what fits a cache
 PIECE = 1 << 19  # elsewhere: few launches, 4 MB of copies
 TOGETHER = 1 << 21  # elements of new memory that one loop takes: 8 MB
+COUNTED = hasattr(torch._C, "_storage_Use_Count") and hasattr(Tensor, "_use_count")  # torch's own, not promised
 
 
 def gramian(rows: Rows, each_tensor: bool = False) -> Tensor:
@@ -37,24 +39,59 @@ def gramian(rows: Rows, each_tensor: bool = False) -> Tensor:
 def combinations(rows: Rows, weights: Tensor) -> list[Tensor | None]:
     """The sum of each parameter's gradients by its weights [parameters, tasks], rounded once.
 
-    Each gradient is taken out of the lists when it is done with; small ones go first: by then they have freed more than
-    the result for a large one takes.
+    The lists are emptied. A sum takes the place of the first gradient where nobody else holds that. Where it needs new
+    memory, small ones go first: by then they have freed more than a large one takes.
     """
-    columns: list[Column] = list(zip(*rows, strict=True))
+    columns: list[Column] = [list(column) for column in zip(*rows, strict=True)]
+    tasks = len(rows)
+    for row in rows:
+        row.clear()
     merged: list[Tensor | None] = [None] * len(columns)
     having = [i for i, column in enumerate(columns) if any(g is not None for g in column)]
+    free = {i for i in having if first_is_free(columns[i])}
     for by_torch, group in alike(columns, having):
-        for at in together(group, [numel(columns[i]) + len(rows) * copied(columns[i]) for i in group]):
+        sizes = [(0 if i in free else numel(columns[i])) + tasks * copied(columns[i]) for i in group]
+        for at in together(group, sizes):
+            made = [some(columns[i]).detach() if i in free else torch.empty_like(some(columns[i])) for i in at]
             if by_torch:
-                made = [combination(columns[i], weights[i]) for i in at]
+                for i, x in zip(at, made, strict=True):
+                    combination(x, columns[i], weights[i])
             else:
-                made = [torch.empty_like(some(columns[i])) for i in at]
                 mix.weighted([laid([x, *columns[i]]) for i, x in zip(at, made, strict=True)], weights[at])
             for i, x in zip(at, made, strict=True):
-                merged[i], columns[i] = x, ()
-                for row in rows:
-                    row[i] = None
+                merged[i], columns[i] = x, []
     return merged
+
+
+def first_is_free(column: Column) -> bool:
+    """Whether the first gradient may be overwritten with the sum: plain memory of torch's that no one else holds.
+
+    A hook may have kept it, a sum's backward gives two terms the same one, and slices of one memory are others' too.
+    """
+    if not COUNTED or type(some(column)) is not Tensor:
+        return False
+    probe = [torch.empty(1) if some(column)._base is None else torch.empty(1).view(1)]
+    if holders(column) != holders(probe):
+        return False
+    first, memory = some(column), some(column).untyped_storage()
+    return (
+        memory.resizable()  # numpy's isn't, nor a file's
+        and memory.nbytes() == first.nbytes
+        and first.is_contiguous()
+        and not (first.is_neg() or first.is_inference() or first.requires_grad)
+        and first.data_ptr() != 0
+    )
+
+
+def holders(column: Column) -> list[int]:
+    """How many hold the first gradient, what it is a view of, and its memory: in Python, and all.
+
+    torch 2.13 has one Python reference for all of its own, which makes `_use_count` a second look there.
+    """
+    first, used = some(column), Tensor._use_count  # type: ignore[attr-defined]
+    memory, base = first.untyped_storage(), first._base
+    count = [sys.getrefcount(first), used(first), sys.getrefcount(memory), torch._C._storage_Use_Count(memory._cdata)]
+    return count if base is None else [*count, sys.getrefcount(base), used(base)]
 
 
 def alike(columns: Sequence[Column], at: Iterable[int]) -> list[tuple[bool, list[int]]]:
@@ -140,14 +177,15 @@ def packs(sizes: Sequence[int], room: int) -> Iterator[list[tuple[int, int, int]
         yield pack
 
 
-def combination(column: Column, weights: Tensor) -> Tensor:
-    """The weighted sum of a parameter's gradients by torch, rounded once."""
+def combination(into: Tensor, column: Column, weights: Tensor) -> None:
+    """The weighted sum of a parameter's gradients by torch, rounded once; `into` may lie where the first does."""
     (t, first), *more = [(t, g) for t, g in enumerate(column) if g is not None]
     weights = weights.to(first.device, compute_dtype(first.dtype))
-    total = first.to(weights.dtype) * weights[t]
+    total = into if into.dtype == weights.dtype else torch.empty_like(into, dtype=weights.dtype)
+    total.copy_(first).mul_(weights[t])
     for t, g in more:
         total.addcmul_(g, weights[t])
-    return total.to(first.dtype)
+    into.copy_(total)
 
 
 def summed(column: Column) -> Tensor | None:

@@ -72,7 +72,7 @@ class Method:
 
     @torch.no_grad()
     def merge(self, rows: Rows, order: Order | None = None) -> list[Tensor | None]:
-        """As `combine`; it takes each gradient out of the lists when it is done with it."""
+        """As `combine`; it empties the lists, and writes over gradients that nobody else holds."""
         gram = gramian(rows, self.each_tensor)
         weights = self.weights(gram, order).expand(len(rows[0]), -1)
         partly = [any(g is None for g in column) for column in zip(*rows, strict=True)]

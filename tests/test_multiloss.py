@@ -477,6 +477,153 @@ def test_a_gradient_that_autograd_gives_twice_is_no_ones_twice():
     assert len({p.grad.data_ptr() for p in params}) == 4
 
 
+def keep_detached(p: Tensor, kept: list[Tensor]) -> None:
+    p.register_hook(lambda g: kept.append(g.detach()))
+
+
+def keep_as_grad(p: Tensor, kept: list[Tensor]) -> None:
+    """Only torch holds it then, no name in Python."""
+
+    def hook(g: Tensor) -> None:
+        kept.append(torch.zeros_like(g))
+        kept[-1].grad = g
+
+    p.register_hook(hook)
+
+
+KEEPERS: dict[str, Callable[[Tensor, list[Tensor]], Any]] = {
+    "itself": lambda p, kept: p.register_hook(kept.append),
+    "detached": keep_detached,
+    "as another's grad": keep_as_grad,
+    "a part of it": lambda p, kept: p.register_hook(lambda g: kept.append(g[1:])),
+    "its memory": lambda p, kept: p.register_hook(lambda g: kept.append(g.untyped_storage())),
+}
+
+
+@pytest.mark.parametrize("how", KEEPERS)
+@pytest.mark.parametrize("loops", [True, False])
+def test_gradients_that_a_hook_kept_stay_as_they_are(how, loops, monkeypatch):
+    if not loops:
+        monkeypatch.setattr(mix, "why_not", lambda *kind: "torch is to do it")
+    p, kept = nn.Parameter(torch.tensor([1.0, 2.0, 3.0])), []
+    KEEPERS[how](p, kept)
+    gradkit.backward([p.square().sum(), -p.exp().sum()], [p], PCGrad())
+    for x, wanted in zip(kept, (2 * p.detach(), -p.detach().exp()), strict=True):
+        g = torch.empty(0).set_(x, 0, (3,)) if how == "its memory" else x.grad if x.grad is not None else x
+        torch.testing.assert_close(g, wanted[3 - len(g) :], rtol=1e-6, atol=0)
+
+
+class Given(torch.autograd.Function):
+    """Its backward returns a tensor that it saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return (x * slope).sum()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        return ctx.saved_tensors[0], None
+
+
+@pytest.mark.parametrize("loops", [True, False])
+def test_tensors_that_a_function_returns_as_gradients_stay_as_they_are(loops, monkeypatch):
+    if not loops:
+        monkeypatch.setattr(mix, "why_not", lambda *kind: "torch is to do it")
+    p, slope = nn.Parameter(torch.ones(3)), torch.tensor([1.0, 2.0, 3.0])
+    gradkit.backward([Given.apply(p, slope), -p.sum()], [p], PCGrad())
+    torch.testing.assert_close(slope, torch.tensor([1.0, 2.0, 3.0]), rtol=0, atol=0)
+
+
+def test_gradients_that_share_memory_are_combined_each_by_itself():
+    """A sum gives its terms one gradient; what a concatenation gives are slices of one, which here overlaps a's."""
+    params = [nn.Parameter(torch.ones(n)) for n in (4, 2, 2)]
+    a, b, c = params
+    gradkit.backward([(a + torch.cat([b, c])).square().sum(), -a.sum() + b.sum() - c.sum()], params, PCGrad())
+    others = [nn.Parameter(torch.ones(n)) for n in (4, 2, 2)]
+    a, b, c = others
+    both = [(a + torch.cat([b, c])).square().sum(), -a.sum() + b.sum() - c.sum()]
+    grads = [[g.clone() for g in torch.autograd.grad(x, others)] for x in both]
+    for p, g in zip(params, PCGrad().combine(grads), strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=0)
+
+
+class Strided(torch.autograd.Function):
+    """Its backward returns a gradient whose elements overlap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        return torch.tensor([1.0, 2.0, 3.0, 0.0]).as_strided((2, 2), (1, 1))
+
+
+def test_a_sum_has_memory_of_its_own_size_that_does_not_overlap():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))
+    first = torch.cat([p, torch.ones(1000)]).square().sum() + Strided.apply(q)
+    gradkit.backward([first, p.sum() + q.sum()], [p, q], PCGrad())
+    assert p.grad.untyped_storage().nbytes() == p.grad.nbytes
+    torch.testing.assert_close(p.grad, torch.full((3,), 1.5))
+    torch.testing.assert_close(q.grad, torch.tensor([[1.0, 1.5], [1.5, 2.0]]))
+
+
+@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_takes_the_place_of_the_first_gradient(loops, dtype, monkeypatch):
+    if not loops:
+        monkeypatch.setattr(mix, "why_not", lambda *kind: "torch is to do it")
+    p, places = nn.Parameter(torch.randn(500, 3, dtype=dtype)), []
+    p.register_hook(lambda g: places.append(g.data_ptr()))
+    gradkit.backward([p.square().sum(), (p - 1).square().sum(), (p * p * p).sum()], [p], PCGrad())
+    assert p.grad.data_ptr() == places[0]
+    placed, p.grad = p.grad.clone(), None
+    monkeypatch.setattr(gradients, "COUNTED", False)  # a torch that doesn't tell who holds what
+    gradkit.backward([p.square().sum(), (p - 1).square().sum(), (p * p * p).sum()], [p], PCGrad())
+    assert p.grad.data_ptr() not in places[3:]
+    assert torch.equal(p.grad, placed)
+
+
+OWNERS: dict[str, tuple[Callable[[Any], Tensor], Callable[[Any], Any]]] = {
+    "numpy": (torch.from_numpy, lambda array: array),
+    "bytes": (lambda data: torch.frombuffer(data, dtype=torch.float32), lambda array: array.tobytes()),
+    "dlpack": (torch.from_dlpack, lambda array: array),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+@pytest.mark.parametrize("owner", OWNERS)
+@pytest.mark.parametrize("loops", [True, False])
+def test_memory_of_others_stays_as_it_is(owner, loops, monkeypatch):
+    if not loops:
+        monkeypatch.setattr(mix, "why_not", lambda *kind: "torch is to do it")
+    array = np.array([1.0, 2.0, 3.0], np.float32)
+    made, owned = OWNERS[owner][0], OWNERS[owner][1](array)
+    p = nn.Parameter(torch.ones(3))
+    p.register_hook(lambda g: made(owned) if g[0] > 0 else None)  # nobody else holds that tensor
+    gradkit.backward([p.sum(), -p.sum()], [p], PCGrad())
+    now = np.frombuffer(owned, np.float32) if owner == "bytes" else owned
+    np.testing.assert_array_equal(now, [1.0, 2.0, 3.0])
+
+
+def test_a_sum_is_a_plain_tensor_whatever_the_first_gradient_was():
+    """No view, as a linear layer's gradient; without a graph; usable in place."""
+    layer, p, q = nn.Linear(4, 3), nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    p.register_hook(lambda g: g.clone().requires_grad_())
+
+    def made_in_inference(g: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return g + 1
+
+    q.register_hook(made_in_inference)
+    params = [*layer.parameters(), p, q]
+    gradkit.backward([(layer(torch.ones(2, 4)) * (p + q)).square().sum() * k for k in (1.0, -2.0)], params, PCGrad())
+    for x in params:
+        assert x.grad._base is None and not x.grad.requires_grad and not x.grad.is_inference()
+        x.grad.detach_().mul_(2.0)
+
+
 @pytest.mark.parametrize("name", ["PCGrad", "CAGrad"])
 def test_a_scaler_scales_the_losses(name):
     net, x = Net(dtype=torch.float32), batch(torch.float32)
@@ -555,10 +702,15 @@ def test_no_number_is_read_back_from_the_device(name):
             gram.item()
 
 
-@pytest.mark.parametrize("way", ["plain", "transposed"])
-def test_memory_is_a_trunk_of_gradients_for_each_task(way):
-    layers, width, tasks = 11, 768, 3
-    trunk = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))  # 2.25 MiB each
+@pytest.mark.parametrize(
+    ("way", "layers", "width", "counted"),
+    [("plain", 11, 768, True), ("plain", 11, 768, False), ("plain", 1, 2560, True), ("transposed", 11, 768, True)],
+)
+def test_memory_is_a_trunk_of_gradients_for_each_task(way, layers, width, counted, monkeypatch):
+    """Layers of 2.25 MiB, and one of 25 MiB, more than may be taken beside the trunks."""
+    monkeypatch.setattr(gradients, "COUNTED", counted)
+    tasks = 3
+    trunk = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
     x, y, method = torch.randn(2, width), torch.randn(width, width), PCGrad()
 
     def prepare() -> None:
