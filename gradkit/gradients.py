@@ -77,8 +77,8 @@ def first_is_free(column: Column) -> bool:
     return (
         memory.resizable()  # numpy's isn't, nor a file's
         and memory.nbytes() == first.nbytes
-        and first.is_contiguous()
-        and not (first.is_neg() or first.is_inference() or first.requires_grad)
+        and lies_plain(first)
+        and not (first.is_inference() or first.requires_grad)
         and first.data_ptr() != 0
     )
 
@@ -140,8 +140,12 @@ def laid(column: Column) -> Column:
 
 def copied(column: Column) -> int:
     """How many elements of each gradient `laid` may copy."""
-    plain = all(g is None or (g.is_contiguous() and not g.is_neg()) for g in column)
-    return 0 if plain else numel(column)
+    return 0 if all(g is None or lies_plain(g) for g in column) else numel(column)
+
+
+def lies_plain(g: Tensor) -> bool:
+    """Whether the elements stand in memory one after the other, as they are."""
+    return g.is_contiguous() and not g.is_neg()
 
 
 def by_matrices(parts: Sequence[Column]) -> Tensor:

@@ -228,7 +228,7 @@ MUTANTS = (
         ),
         (
             "backward: nor of one that overlaps itself",
-            "        and first.is_contiguous()\n",
+            "        and lies_plain(first)\n",
             "",
             losses("a_sum_has_memory_of_its_own_size_that_does_not_overlap"),
         ),
